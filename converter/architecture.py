@@ -1,0 +1,128 @@
+"""What each tensor of a checkpoint is for: linear weight, expert weight, router, embedding, norm.
+
+Invariant: the answer comes from the transformers class that config.json names, built on the meta device, so no code
+and no weight of the checkpoint is touched. Without such a class, names and shapes decide.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..formats.errors import SourceError
+from .sources import Checkpoint
+
+_ROUTER_LEAVES = {"gate", "router", "shared_expert_gate", "classifier"}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+\.weight")
+_NUMBERED_BLOCK = re.compile(r".*\.\d+\..*|\d+\..*")
+_NOT_LINEAR = re.compile(r"embed|norm|wte|wpe|ln_|router|(^|\.)gate$")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a tensor is for.
+
+    ``packable``: a weight matrix of a block; ``linear``: a weight matrix at all; ``transposed``: stored as (K, N);
+    ``shape``: what the class expects, None if unknown; ``reason``: in words, for the ledger.
+    """
+
+    packable: bool
+    linear: bool
+    reason: str
+    transposed: bool = False
+    shape: tuple[int, ...] | None = None
+
+
+class Architecture:
+    """The roles of a checkpoint's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._n_experts = {checkpoint.config.get(key) for key in _EXPERT_COUNTS} - {None}
+        model = _meta_model(checkpoint)
+        self.class_name = type(model).__name__ if model is not None else None
+        self._prefix = getattr(model, "base_model_prefix", "") or ""
+        self._roles = _roles_of_model(model, self._n_experts) if model is not None else {}
+
+    def role(self, name: str, shape: tuple[int, ...]) -> Role:
+        """Return the role of tensor ``name``."""
+        for candidate in self.spellings(name):
+            if candidate in self._roles:
+                return self._roles[candidate]
+        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if len(shape) == 2 and _SINGLE_EXPERT.fullmatch(name):
+            return Role(True, True, "expert weight")
+        if leaf in _ROUTER_LEAVES:
+            return Role(False, len(shape) == 2, "router")
+        if self.class_name is not None:
+            return Role(False, False, f"not a linear layer of {self.class_name}")
+        if (
+            len(shape) == 2
+            and name.endswith(".weight")
+            and _NUMBERED_BLOCK.fullmatch(name)
+            and not _NOT_LINEAR.search(leaf)
+        ):
+            return Role(True, True, "2-D weight of a numbered block (no model class)")
+        return Role(False, False, "no 2-D weight of a numbered block (no model class)")
+
+    def spellings(self, name: str) -> list[str]:
+        """Return the names a tensor or module may have: as it is, with and without the base model's prefix."""
+        prefix = self._prefix + "."
+        return [name] if prefix == "." else [name, prefix + name, name.removeprefix(prefix)]
+
+
+def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module | None:
+    """Build the model class of a checkpoint on the meta device; None if transformers has no such class."""
+    import transformers
+
+    model_class = getattr(transformers, checkpoint.architecture or "", None)
+    if model_class is None or not isinstance(model_class, type):
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        with torch.device("meta"):
+            model: torch.nn.Module = model_class(config)
+    except Exception as error:  # transformers raises many types for a bad config; all mean the same here
+        raise SourceError(
+            f"transformers cannot build {checkpoint.architecture} from it ({str(error).splitlines()[0][:160]})",
+            path=checkpoint.directory / "config.json",
+            fix="check the config against the model's own",
+        ) from error
+    return model
+
+
+def _roles_of_model(model: torch.nn.Module, n_experts: set[Any]) -> dict[str, Role]:
+    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    roles = {}
+    for module_name, module in model.named_modules():
+        in_block = any(module_name.startswith(name + ".") for name in lists)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            roles[name] = _role_of_parameter(module_name, module, leaf, parameter, in_block, n_experts)
+    return roles
+
+
+def _role_of_parameter(
+    module_name: str,
+    module: torch.nn.Module,
+    leaf: str,
+    parameter: torch.nn.Parameter,
+    in_block: bool,
+    n_experts: set[Any],
+) -> Role:
+    from transformers.pytorch_utils import Conv1D
+
+    kind, shape = type(module).__name__, tuple(parameter.shape)
+    conv1d = isinstance(module, Conv1D)
+    linear = leaf == "weight" and (conv1d or isinstance(module, torch.nn.Linear))
+    if linear and (module_name.rsplit(".", 1)[-1] in _ROUTER_LEAVES or shape[0] in n_experts):
+        return Role(False, True, "router", shape=shape)
+    if linear:
+        reason = f"{kind} in a block" if in_block else f"{kind} outside the blocks"
+        return Role(in_block, True, reason, conv1d, shape)
+    if len(shape) == 3 and module_name.endswith("experts"):
+        return Role(True, True, f"stacked experts of {kind}", bool(getattr(module, "is_transposed", False)), shape)
+    return Role(False, False, f"{leaf} of {kind}", shape=shape)

@@ -1,0 +1,185 @@
+"""What a conversion may be asked for, and the overrides for single modules.
+
+Invariant: an options object is valid in itself; what depends on the checkpoint is checked by the plan.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from ..formats.errors import OptionError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHODS = ("magnitude",)
+SCOPES = ("layer", "row", "global")
+DEFAULT_RANK = 64
+MAX_SPARSITY = 0.95
+
+
+@dataclass(frozen=True)
+class ModuleOptions:
+    """How one module is pruned.
+
+    Args:
+        sparsity: fraction removed, 0 to 0.95.
+        rank: of the residual adapter; 0 for none; None for 64, or min(N, K) where that is less.
+    """
+
+    sparsity: float = 0.5
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity <= MAX_SPARSITY):
+            raise OptionError(f"sparsity {self.sparsity}", needed=f"0 to {MAX_SPARSITY} (the fraction removed)")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 0):
+            raise OptionError(f"rank {self.rank}", needed="an integer, 0 or more")
+
+    def n_removed(self, n_elements: int) -> int:
+        """Return floor(sparsity * n) in decimal arithmetic, so that 0.7 of 10 is 7."""
+        return math.floor(Decimal(repr(self.sparsity)) * n_elements)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of ``salr.convert``; those of the command line carry the same names.
+
+    Args:
+        module: defaults for every packed module.
+        method: how mask and residual are chosen; ``magnitude`` is the paper's.
+        scope: where weights compete: within a layer, an output row, or the whole model (``global``).
+        include, exclude: globs or ``re:`` patterns of module names to pack besides, or to keep dense.
+        overrides: (pattern, settings) pairs that replace fields of ``module``; later ones win.
+        adapters: (name, directory) of LoRA adapters to keep exact.
+        base: the base model when the source is an adapter directory.
+        device: ``cpu`` or ``cuda[:i]``.
+        workers: threads that convert modules; None for one a core, at most 8. Never changes the bytes.
+        force: replace an existing output. fresh: discard what an interrupted run left.
+    """
+
+    module: ModuleOptions = ModuleOptions()
+    method: str = "magnitude"
+    scope: str = "layer"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    adapters: tuple[tuple[str, Path], ...] = ()
+    base: Path | None = None
+    device: str = "cpu"
+    workers: int | None = None
+    force: bool = False
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("scope", self.scope, SCOPES)
+        if self.workers is not None and self.workers < 1:
+            raise OptionError(f"{self.workers} workers", needed="1 or more")
+        for pattern, settings in self.overrides:
+            unknown = sorted(set(settings) - {f.name for f in fields(ModuleOptions)})
+            if unknown:
+                known = ", ".join(f.name for f in fields(ModuleOptions))
+                raise OptionError(f"--set {pattern}: unknown setting {unknown[0]!r}", needed=known)
+        names = [name for name, _ in self.adapters]
+        if len(set(names)) != len(names):
+            raise OptionError("two adapters have one name", fix="name them: --adapter NAME=DIR")
+
+    def for_module(self, name: str) -> ModuleOptions:
+        """Return the settings of module ``name``, overrides applied in order."""
+        chosen = self.module
+        for pattern, settings in self.overrides:
+            if matches(pattern, name):
+                chosen = replace(chosen, **settings)
+        return chosen
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that shape the bytes, for the manifest."""
+        return {
+            "sparsity": float(self.module.sparsity),
+            "rank": self.module.rank,
+            "method": self.method,
+            "scope": self.scope,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "set": [[pattern, dict(settings)] for pattern, settings in self.overrides],
+        }
+
+    @staticmethod
+    def from_recorded(recorded: Mapping[str, Any], **run: Any) -> ConvertOptions:
+        """Return the options that a manifest records, with ``run`` for those that shape no bytes."""
+        return ConvertOptions(
+            module=ModuleOptions(recorded["sparsity"], recorded["rank"]),
+            method=recorded["method"],
+            scope=recorded["scope"],
+            include=tuple(recorded["include"]),
+            exclude=tuple(recorded["exclude"]),
+            overrides=tuple((pattern, settings) for pattern, settings in recorded["set"]),
+            **run,
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name} {value!r}", needed="one of " + ", ".join(choices))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a glob, or a regular expression after ``re:``, matches a whole module name.
+
+    Raises:
+        OptionError: the regular expression is invalid.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise OptionError(f"pattern {pattern!r} is no regular expression ({error})") from error
+
+
+def parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    """Parse ``PATTERN k=v,k=v``.
+
+    Raises:
+        OptionError: it has another form, or a value is no number.
+    """
+    pattern, _, settings = text.strip().partition(" ")
+    parsed: dict[str, Any] = {}
+    for part in filter(None, settings.replace(" ", "").split(",")):
+        key, _, value = part.partition("=")
+        try:
+            parsed[key] = int(value) if key == "rank" else float(value)
+        except ValueError as error:
+            raise OptionError(f"--set {text!r}: {part!r}", needed="key=number") from error
+    if not parsed:
+        raise OptionError(f"--set {text!r}", needed="'PATTERN key=value,key=value'")
+    return pattern, parsed
+
+
+def read_recipe(path: Path) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Read overrides from TOML: a table for each pattern, its keys the settings, later tables winning.
+
+    Raises:
+        OptionError: the file is missing, is not TOML, or a top-level key is no table.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"cannot be read ({error.strerror})", path=path) from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"is not TOML ({error})", path=path) from error
+    for pattern, settings in tables.items():
+        if not isinstance(settings, dict):
+            raise OptionError(f"key {pattern!r} is no table", path=path, needed='["PATTERN"] with sparsity = or rank =')
+    return tuple(tables.items())

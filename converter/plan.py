@@ -1,0 +1,205 @@
+"""The plan: what becomes of every input tensor, decided before a byte is written.
+
+Invariant: each input tensor and each adapter key stands in the ledger exactly once, and every size is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..formats import naming
+from ..formats.container import TensorSpec
+from ..formats.dtypes import FLOAT_ENCODINGS
+from ..formats.errors import OptionError, SourceError
+from ..formats.manifest import RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
+from .adapters import Adapter
+from .architecture import Architecture
+from .options import DEFAULT_RANK, ConvertOptions, ModuleOptions
+from .prune import global_kept_counts
+from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
+from .sources import Checkpoint, SourceTensor
+
+_ENCODINGS = {dtype: encoding for encoding, dtype in FLOAT_ENCODINGS.items()}
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A module to pack: its manifest entry, errors still unknown, and what it is made from."""
+
+    name: str
+    entry: ModuleEntry
+    trained: tuple[TrainedPair, ...]
+    reason: str
+
+    @property
+    def residual_rank(self) -> int:
+        """Rank of the residual adapter, 0 for none."""
+        return next((adapter.rank for adapter in self.entry.adapters if adapter.name == RESIDUAL), 0)
+
+    def specs(self) -> list[TensorSpec]:
+        """Return every tensor the module will have."""
+        specs = naming.module_specs(self.name, self.entry)
+        dtypes = {t.adapter.name: (t.pair.lora_A.dtype, t.pair.lora_B.dtype) for t in self.trained}
+        for adapter in self.entry.adapters:
+            names = naming.lora_a_name(self.name, adapter.name), naming.lora_b_name(self.name, adapter.name)
+            factor_dtypes = dtypes.get(adapter.name, (self.entry.dtype, self.entry.dtype))
+            shapes = naming.adapter_shapes(self.entry, adapter.rank)
+            specs += [TensorSpec(*spec) for spec in zip(names, factor_dtypes, shapes, strict=True)]
+        return specs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of a conversion."""
+
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    class_name: str | None
+    modules: tuple[PlannedModule, ...]
+    kept: tuple[SourceTensor, ...]
+    ledger: tuple[LedgerLine, ...]
+
+    def specs(self) -> list[TensorSpec]:
+        """Return every tensor of the output except the manifest."""
+        specs = [spec for module in self.modules for spec in module.specs()]
+        specs += [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in self.kept]
+        specs += [TensorSpec(naming.ASSET_PREFIX + name, "U8", (path.stat().st_size,)) for name, path in self.assets()]
+        return specs
+
+    def assets(self) -> Iterator[tuple[str, Path]]:
+        """Yield name and path of each file to carry along."""
+        for path in self.checkpoint.assets():
+            yield path.relative_to(self.checkpoint.directory).as_posix(), path
+
+
+def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: ConvertOptions) -> Plan:
+    """Decide what becomes of every tensor and adapter key.
+
+    Raises:
+        OptionError: a pattern matches nothing, or a rank exceeds min(N, K).
+        SourceError: a weight cannot be packed, or a name collides with one of the format's.
+        AdapterError: a key matches no linear layer of the base, or shapes disagree.
+    """
+    architecture = Architecture(checkpoint)
+    choices = choose_tensors(checkpoint, architecture, options)
+    trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
+    packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
+    modules = [_plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
+    if options.scope == "global":
+        modules = _with_global_counts(modules, checkpoint, options)
+    packed_names = {choice.tensor.name for choice in packed}
+    kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
+    ledger = [LedgerLine(m.entry.source_tensor, "packed", m.reason, _file(checkpoint, m)) for m in modules]
+    ledger += [LedgerLine(c.tensor.name, "kept", c.reason, c.tensor.file) for c in kept]
+    ledger += [line for module in modules for pair in module.trained for line in _adapter_lines(pair)]
+    plan = Plan(
+        checkpoint,
+        tuple(adapters),
+        architecture.class_name,
+        tuple(modules),
+        tuple(choice.tensor for choice in kept),
+        tuple(sorted(ledger, key=lambda line: (line.file, line.key))),
+    )
+    _check_complete(plan)
+    return plan
+
+
+def _plan_module(
+    choice: Choice, trained: list[TrainedPair], checkpoint: Checkpoint, options: ConvertOptions
+) -> PlannedModule:
+    tensor, transposed = choice.tensor, choice.role.transposed
+    check_packable(tensor, choice.role, checkpoint)
+    *experts, n_rows, n_columns = (*tensor.shape[:-2], *reversed(tensor.shape[-2:])) if transposed else tensor.shape
+    settings = options.for_module(choice.module)
+    reason = choice.reason
+    if not choice.is_packed:
+        settings, reason = ModuleOptions(sparsity=0.0), f"an adapter targets it ({choice.reason}): stored unpruned"
+    groups = n_rows if options.scope == "row" else 1
+    removed = settings.n_removed(n_rows * n_columns // groups) * groups
+    entry = ModuleEntry(
+        source_tensor=tensor.name,
+        source_shape=tensor.shape,
+        transposed=transposed,
+        shape=(*experts, n_rows, n_columns),
+        dtype=tensor.dtype,
+        nnz=(n_rows * n_columns - removed) * (experts[0] if experts else 1),
+        pattern="unstructured" if removed else "dense",
+        encoding=_ENCODINGS[tensor.dtype],
+        values_from="source",
+    )
+    rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if removed else 0
+    adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"truncated SVD of the {options.method} residual")] if rank else []
+    adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
+    return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
+
+
+def _residual_rank(module: str, settings: ModuleOptions, most: int) -> int:
+    if settings.rank is None:
+        return min(DEFAULT_RANK, most)
+    if settings.rank > most:
+        raise OptionError(
+            f"rank {settings.rank}",
+            tensor=module,
+            needed=f"at most min(N, K) = {most}",
+            fix=f"lower --rank, or give --set '{module} rank={most}'",
+        )
+    return settings.rank
+
+
+class _GlobalWeights(Sequence[torch.Tensor]):
+    """The weights of all planned modules, read again at each access so that one is in memory at a time."""
+
+    def __init__(self, modules: list[PlannedModule], checkpoint: Checkpoint) -> None:
+        self._names, self._checkpoint = [m.entry.source_tensor for m in modules], checkpoint
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return self._checkpoint.read(self._names[index])
+
+
+def _with_global_counts(
+    modules: list[PlannedModule], checkpoint: Checkpoint, options: ConvertOptions
+) -> list[PlannedModule]:
+    """Replace each module's nnz by what one magnitude threshold over all of them leaves it."""
+    competing = [module for module in modules if module.entry.pattern != "dense"]
+    if any(len(module.entry.shape) == 3 for module in competing) or options.overrides:
+        raise OptionError("scope 'global'", needed="2-D weights and no --set", fix="use --scope layer")
+    n_removed = options.module.n_removed(sum(module.entry.n_weights for module in competing))
+    counts = global_kept_counts(_GlobalWeights(competing, checkpoint), n_removed)
+    nnz = {module.name: count for module, count in zip(competing, counts, strict=True)}
+    return [replace(m, entry=replace(m.entry, nnz=nnz[m.name])) if m.name in nnz else m for m in modules]
+
+
+def _file(checkpoint: Checkpoint, module: PlannedModule) -> str:
+    return checkpoint.tensors[module.entry.source_tensor].file
+
+
+def _adapter_lines(trained: TrainedPair) -> list[LedgerLine]:
+    reason = f"factor of adapter '{trained.adapter.name}', bit for bit"
+    return [
+        LedgerLine(tensor.name, "packed", reason, f"{trained.adapter.name}/{tensor.file}")
+        for tensor in (trained.pair.lora_A, trained.pair.lora_B)
+    ]
+
+
+def _check_complete(plan: Plan) -> None:
+    """Refuse a plan that forgets an input, or that would write one name twice."""
+    n_inputs = len(plan.checkpoint.tensors) + sum(len(adapter.keys) for adapter in plan.adapters)
+    if len(plan.ledger) != n_inputs:
+        raise SourceError(
+            f"{len(plan.ledger)} of {n_inputs} input tensors accounted for",
+            path=plan.checkpoint.directory,
+            fix="report this: the plan has lost a tensor",
+        )
+    names = [spec.name for spec in plan.specs()]
+    if len(set(names)) != len(names):
+        twice = next(name for name in sorted(names) if names.count(name) > 1)
+        raise SourceError(
+            "collides with a name of the format", path=plan.checkpoint.directory, tensor=twice, fix="rename the tensor"
+        )

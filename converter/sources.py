@@ -1,0 +1,238 @@
+"""Checkpoints on disk: Hugging Face directories with safetensors (one file or shards) or with torch .bin files.
+
+Invariant: nothing is read before it is asked for, tensors keep their own names and bytes, and no code from a
+checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..formats.container import Container
+from ..formats.dtypes import storage_dtype
+from ..formats.errors import FormatError, SourceError
+
+TORCH_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+FLOAT_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_ASSETS = (
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_NOT_ASSETS = re.compile(r".*\.index\.json|adapter_config\.json|trainer_state\.json|training_args\..*")
+_PIECE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint: name, safetensors dtype, shape, and the file it lies in."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+class WeightFile(ABC):
+    """One file with tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def tensors(self) -> dict[str, SourceTensor]:
+        """Return what the file holds."""
+
+    @abstractmethod
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes, memory-mapped."""
+
+
+class SafetensorsFile(WeightFile):
+    """A .safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._container = Container(path)
+        except FormatError as error:
+            raise SourceError(error.found, path=path, fix="download or save this checkpoint file again") from error
+
+    def tensors(self) -> dict[str, SourceTensor]:  # noqa: D102 - as in the base class
+        return {
+            t.name: SourceTensor(t.name, t.dtype, t.shape, self.path.name) for t in self._container.tensors.values()
+        }
+
+    def raw(self, name: str) -> memoryview:  # noqa: D102 - as in the base class
+        return self._container.raw(name)
+
+
+class TorchFile(WeightFile):
+    """A torch .bin file, read with ``weights_only`` so that no pickled code runs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises many types for damaged or unsafe pickles; all mean the same here
+            raise SourceError(
+                f"torch cannot load it safely ({str(error).splitlines()[0][:120]})",
+                path=path,
+                fix="save the checkpoint as safetensors",
+            ) from error
+        self._tensors: dict[str, torch.Tensor] = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+
+    def tensors(self) -> dict[str, SourceTensor]:  # noqa: D102 - as in the base class
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in TORCH_DTYPES:
+                raise SourceError(f"dtype {tensor.dtype} has no safetensors form", path=self.path, tensor=name)
+        return {
+            name: SourceTensor(name, TORCH_DTYPES[tensor.dtype], tuple(tensor.shape), self.path.name)
+            for name, tensor in self._tensors.items()
+        }
+
+    def raw(self, name: str) -> memoryview:  # noqa: D102 - as in the base class
+        flat = self._tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        return flat.numpy().data
+
+
+class Checkpoint:
+    """A Hugging Face model directory.
+
+    Raises:
+        SourceError: config or weights are missing, truncated, or the index names what is not there.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise SourceError("no such directory", path=self.directory, needed="a Hugging Face model directory")
+        self.config: dict[str, Any] = read_json(self.directory / "config.json", "every model directory has one")
+        paths = weight_files(self.directory, "model", "pytorch_model")
+        self._files = {path.name: open_weight_file(path) for path in paths}
+        self.tensors = self._collect_tensors()
+
+    def _collect_tensors(self) -> dict[str, SourceTensor]:
+        tensors: dict[str, SourceTensor] = {}
+        for file in self._files.values():
+            for name, tensor in file.tensors().items():
+                if name in tensors:
+                    raise SourceError(
+                        f"stands in {tensors[name].file} and in {tensor.file}", path=self.directory, tensor=name
+                    )
+                tensors[name] = tensor
+        return tensors
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that config.json names, if any."""
+        names = self.config.get("architectures") or [None]
+        return names[0] if isinstance(names[0], str) else None
+
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes, memory-mapped."""
+        return self._files[self.tensors[name].file].raw(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a float tensor, memory-mapped, in its own dtype."""
+        tensor = self.tensors[name]
+        return tensor_from_bytes(self.raw(name), tensor.dtype, tensor.shape)
+
+    def pieces(self, name: str) -> list[memoryview]:
+        """Return a tensor's bytes in pieces of at most 16 MB."""
+        raw = self.raw(name)
+        return [raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES)]
+
+    def weight_paths(self) -> list[Path]:
+        """Return the weight files in name order."""
+        return [file.path for _, file in sorted(self._files.items())]
+
+    def assets(self) -> list[Path]:
+        """Return config, tokenizer, chat template, processor and licence files, by relative name."""
+        found = {path for pattern in _ASSETS for path in self.directory.glob(pattern)}
+        return sorted(path for path in found if path.is_file() and not _NOT_ASSETS.fullmatch(path.name))
+
+
+def tensor_from_bytes(raw: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """View bytes as a BF16, F16 or F32 tensor, without a copy where they are aligned; callers must not write to it."""
+    array = np.frombuffer(raw, storage_dtype(dtype))
+    if not array.flags.aligned:
+        array = array.copy()
+    # int16 stands for BF16, which NumPy does not have.
+    tensor = torch.from_numpy(array.view(np.int16) if dtype == "BF16" else array)
+    return tensor.view(FLOAT_TORCH_DTYPES[dtype]).reshape(shape)
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        SourceError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot be read ({error.strerror})", path=path, fix=why) from error
+    except ValueError as error:
+        raise SourceError(f"is not JSON ({error})", path=path, fix="save it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"holds a {type(value).__name__}", path=path, needed="a JSON object")
+    return value
+
+
+def weight_files(directory: Path, *stems: str) -> list[Path]:
+    """Return the weight files of a directory: safetensors first, then .bin, one file or what an index lists.
+
+    Raises:
+        SourceError: there are none, or the index names a file that is missing.
+    """
+    for suffix in (".safetensors", ".bin"):
+        for stem in stems:
+            single = directory / f"{stem}{suffix}"
+            index = directory / f"{stem}{suffix}.index.json"
+            if single.is_file():
+                return [single]
+            if index.is_file():
+                return _indexed_files(index)
+    wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
+    raise SourceError("there are no weights here", path=directory, needed=f"{wanted}, shards with an index, or .bin")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index, "the index lists the shards").get("weight_map")
+    if not isinstance(weight_map, Mapping):
+        raise SourceError("has no weight_map", path=index, fix="save the checkpoint again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise SourceError(f"names shard {name!r}, which is not there", path=index, fix="download the missing shard")
+    return [index.parent / name for name in names]
+
+
+def open_weight_file(path: Path) -> WeightFile:
+    """Open a .safetensors or .bin file."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 digest of a file."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            state.update(piece)
+    return state.hexdigest()

@@ -1,0 +1,91 @@
+"""From a .salr file back to a dense Hugging Face directory.
+
+Invariant: tensors kept dense come back bit for bit, and one packed module at a time is dense in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..formats.container import TensorSpec, plan_layout
+from ..formats.dtypes import FLOAT_ENCODINGS, byte_view, from_float32, to_float32
+from ..formats.errors import OptionError
+from ..formats.output_directory import output_directory
+from ..formats.output_file import OutputFile
+from ..formats.reader import SalrFile
+
+_METADATA = {"format": "pt"}
+_CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def unpack(
+    path: str | Path,
+    out: str | Path,
+    *,
+    residual: bool = True,
+    merge: bool = False,
+    dtype: str = "source",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write the model of a .salr file as a dense Hugging Face directory that transformers loads.
+
+    Args:
+        residual: add the residual adapter to the kept weights.
+        merge: add the trained adapters too.
+        dtype: ``source``, or ``bf16``, ``fp16``, ``fp32`` for every 16- and 32-bit float tensor.
+
+    Raises:
+        SalrError: the file is damaged, or the output exists or cannot be written.
+    """
+    if dtype != "source" and dtype not in FLOAT_ENCODINGS:
+        raise OptionError(f"dtype {dtype!r}", needed="one of source, " + ", ".join(FLOAT_ENCODINGS))
+    wanted = FLOAT_ENCODINGS.get(dtype)
+    file = SalrFile(path)
+    specs = _specs(file, wanted)
+    with output_directory(out) as partial:
+        for name in file.assets:
+            _write_asset(partial / name, file.asset(name), wanted)
+        layout = plan_layout(specs, _METADATA)
+        modules = {entry.source_tensor: module for module, entry in file.modules.items()}
+        with OutputFile(partial / "model.safetensors", layout.last_begin) as output:
+            for done, (name, spec) in enumerate(layout.tensors.items()):
+                progress(done, len(specs))
+                output.write(spec.begin, _tensor_bytes(file, name, modules.get(name), spec.dtype, residual, merge))
+            progress(len(specs), len(specs))
+            output.write(0, layout.prefix() + layout.header(_METADATA))
+            output.commit()
+    return Path(out)
+
+
+def _specs(file: SalrFile, wanted: str | None) -> list[TensorSpec]:
+    specs = [TensorSpec(e.source_tensor, wanted or e.dtype, e.source_shape) for e in file.modules.values()]
+    for name in file.dense_tensors():
+        stored = file.tensors[name]
+        dtype = wanted if wanted and stored.dtype in _CONFIG_DTYPES else stored.dtype
+        specs.append(TensorSpec(name, dtype, stored.shape))
+    return specs
+
+
+def _tensor_bytes(file: SalrFile, name: str, module: str | None, dtype: str, residual: bool, merge: bool) -> memoryview:
+    if module is None:
+        stored = file.tensors[name].dtype
+        if stored == dtype:
+            return file.raw(name)
+        return byte_view(from_float32(to_float32(file.tensor(name), stored), dtype))
+    weight = file.dense(module, residual=residual, adapters=merge)
+    if file.modules[module].transposed:
+        weight = weight.swapaxes(-1, -2)
+    return byte_view(from_float32(weight, dtype))
+
+
+def _write_asset(path: Path, data: bytes, wanted: str | None) -> None:
+    if path.name == "config.json" and wanted:
+        config = json.loads(data)
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = _CONFIG_DTYPES[wanted]
+        data = json.dumps(config, indent=2).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

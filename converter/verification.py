@@ -1,0 +1,111 @@
+"""Comparing a .salr file with the checkpoint it was made from.
+
+Invariant: the plan is made again from the recorded options; what ``values_from`` says is derivable is recomputed and
+compared bit for bit, and every error is measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..formats import naming
+from ..formats.errors import MismatchError, OptionError
+from ..formats.manifest import NO_ERROR, RESIDUAL, ErrorEntry
+from ..formats.reader import SalrFile
+from .options import ConvertOptions
+from .packing import squared_norm, to_numpy
+from .pipeline import plan_conversion
+from .plan import Plan, PlannedModule
+from .prune import magnitude_mask
+
+_RELATIVE = 1e-3
+_SMALLEST_SHARE = 1e-9
+
+Finding = tuple[str, MismatchError | None]
+
+
+def compare_with_source(
+    file: SalrFile, source: str | Path, adapters: Sequence[tuple[str, Path]] = (), base: Path | None = None
+) -> Iterator[Finding]:
+    """Yield ledger, modules, kept tensors and assets, each with what differs from the source, or None.
+
+    Args:
+        source, adapters, base: as they were given to ``convert``.
+
+    Raises:
+        OptionError: the file holds an adapter that was not given.
+        SalrError: the source cannot be read.
+    """
+    plan = plan_conversion(source, ConvertOptions.from_recorded(file.manifest.options, adapters=adapters, base=base))
+    _require_adapters(file, plan)
+    same = plan.ledger == file.manifest.ledger
+    yield "ledger", None if same else _mismatch(file, "ledger", "the source has other tensors")
+    for module in plan.modules:
+        yield module.name, _compare_module(file, module, plan)
+    for tensor in plan.kept:
+        same = tensor.name in file.tensors and plan.checkpoint.raw(tensor.name) == file.raw(tensor.name)
+        yield tensor.name, None if same else _mismatch(file, tensor.name, "differs from the source's tensor")
+    for name, path in plan.assets():
+        same = name in file.assets and file.asset(name) == path.read_bytes()
+        yield name, None if same else _mismatch(file, name, "differs from the source's file")
+
+
+def _require_adapters(file: SalrFile, plan: Plan) -> None:
+    held = {a.name for entry in file.modules.values() for a in entry.adapters if a.name != RESIDUAL}
+    for name in sorted(held - {adapter.name for adapter in plan.adapters}):
+        raise OptionError(f"the file holds adapter '{name}'", path=file.path, fix=f"give --adapter {name}=DIR")
+
+
+def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
+    return MismatchError(found, path=file.path, tensor=name, fix="convert the source again, or compare with its own")
+
+
+def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> MismatchError | None:
+    name, entry = planned.name, file.modules.get(planned.name)
+    if entry is None or replace(entry, error=NO_ERROR) != planned.entry:
+        return _mismatch(file, name, "the manifest's entry is not what the source and the options give")
+    weight = plan.checkpoint.read(entry.source_tensor)
+    source = weight.mT if entry.transposed else weight
+    mask = file.module(name).mask()
+    if entry.values_from == "source":
+        if not np.array_equal(to_numpy(source)[mask], file.module(name).stored()):
+            return _mismatch(file, name, "kept values differ from the source's weights")
+        if not np.array_equal(mask, _expected_mask(planned, source, file.manifest.options["scope"])):
+            return _mismatch(file, name, "the mask differs from the one that the method chooses")
+    for trained in planned.trained:
+        for tensor_name, factor in (
+            (naming.lora_a_name(name, trained.adapter.name), trained.pair.lora_A),
+            (naming.lora_b_name(name, trained.adapter.name), trained.pair.lora_B),
+        ):
+            if file.raw(tensor_name) != trained.adapter.raw(factor.name):
+                return _mismatch(file, tensor_name, "differs from the trained factor")
+    return _compare_errors(file, name, source.float(), mask)
+
+
+def _expected_mask(
+    planned: PlannedModule, source: torch.Tensor, scope: str
+) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    matrices = list(source) if source.ndim == 3 else [source]
+    n_kept = planned.entry.nnz // len(matrices)
+    masks = [magnitude_mask(matrix.float().contiguous(), n_kept, scope).numpy() for matrix in matrices]
+    return np.stack(masks).reshape(planned.entry.shape)
+
+
+def _compare_errors(
+    file: SalrFile, name: str, weight: torch.Tensor, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+) -> MismatchError | None:
+    stored = file.modules[name].error
+    energy = squared_norm(weight)
+    masked = squared_norm(weight.masked_fill(torch.from_numpy(mask), 0)) / (energy or 1.0)
+    remaining = squared_norm(weight - torch.from_numpy(file.dense(name))) / (energy or 1.0)
+    measured = ErrorEntry(energy, masked, remaining, stored.bound)
+    for key in ("energy", "mask", "residual"):
+        claimed, found = getattr(stored, key), getattr(measured, key)
+        if abs(found - claimed) > _RELATIVE * abs(claimed) + _SMALLEST_SHARE:
+            return _mismatch(file, name, f"its {key} error is {found:.6g}, the manifest says {claimed:.6g}")
+    return None

@@ -1,0 +1,169 @@
+"""Reading a .salr file: lazily, memory-mapped, and trusting nothing.
+
+Invariant: opening checks header and manifest; a module's tensors are checked at their first access, before any of
+their bytes is handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from . import naming, validation
+from .container import Container, StoredTensor
+from .dtypes import Array, F32Array, to_float32
+from .errors import ChecksumError, FormatError
+from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry, parse_manifest
+from .module import AdapterStack, LowRankPair, ModuleTensors, stack_adapters
+
+
+class SalrFile:
+    """A .salr file, opened for reading.
+
+    Raises:
+        FormatError: header or manifest break a rule of docs/format.md (also VersionError and ChecksumError).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._container = Container(path)
+        validation.check_version(self._container)
+        validation.check_header(self._container)
+        self.manifest: Manifest = parse_manifest(bytes(self._container.raw(MANIFEST_NAME)), str(path))
+        validation.check_manifest(self._container, self.manifest)
+        self._checked: set[str] = set()
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self._container.path
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file in bytes."""
+        return self._container.n_bytes
+
+    @property
+    def modules(self) -> Mapping[str, ModuleEntry]:
+        """The packed modules by name."""
+        return self.manifest.modules
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the file with dtype, shape and byte positions."""
+        return self._container.tensors
+
+    @property
+    def assets(self) -> list[str]:
+        """Names of the files carried along (config.json, tokenizer ...)."""
+        prefix = naming.ASSET_PREFIX
+        return sorted(name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix))
+
+    def asset(self, name: str) -> bytes:
+        """Return the bytes of a carried file."""
+        return bytes(self._container.raw(naming.ASSET_PREFIX + name))
+
+    def dense_tensors(self) -> list[str]:
+        """Return the names of the tensors kept as they were in the source."""
+        packed = {name for module in self.modules for name in self.module_tensor_names(module)}
+        return [
+            name
+            for name in self.tensors
+            if name not in packed and name != MANIFEST_NAME and not name.startswith(naming.ASSET_PREFIX)
+        ]
+
+    def module_tensor_names(self, module: str) -> list[str]:
+        """Return the names of all tensors of a packed module, adapters included."""
+        entry = self._entry(module)
+        names = [spec.name for spec in naming.module_specs(module, entry)]
+        for adapter in entry.adapters:
+            names += [naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)]
+            names += [name for name in [naming.rank_scales_name(module, adapter.name)] if name in self.tensors]
+        return names
+
+    def tensor(self, name: str) -> Array:
+        """Return a tensor without a copy, read-only; BF16 as uint16, 8-bit floats as uint8.
+
+        Raises:
+            FormatError: there is no such tensor.
+        """
+        return self._container.array(name)
+
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes without a copy."""
+        return self._container.raw(name)
+
+    def module(self, name: str) -> ModuleTensors:
+        """Return a module's tensors, checked at the first access.
+
+        Raises:
+            FormatError: there is no such module, or its tensors contradict each other.
+        """
+        entry = self._entry(name)
+        sparse = entry.pattern != "dense"
+        scales = naming.scales_name(name)
+        tensors = ModuleTensors(
+            entry,
+            self.tensor(naming.values_name(name)),
+            self.tensor(naming.bitmap_name(name)) if sparse else None,
+            self.tensor(naming.row_offsets_name(name)) if sparse else None,
+            to_float32(self.tensor(scales), self.tensors[scales].dtype) if scales in self.tensors else None,
+        )
+        if name not in self._checked:
+            validation.check_module(tensors, str(self.path), name)
+            self._checked.add(name)
+        return tensors
+
+    def pairs(self, module: str) -> list[LowRankPair]:
+        """Return a module's adapters as stored, in the manifest's order."""
+        pairs = []
+        for adapter in self._entry(module).adapters:
+            name_a, name_b = naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)
+            scaling = np.full(adapter.rank, adapter.scaling, np.float32)
+            scales = naming.rank_scales_name(module, adapter.name)
+            if scales in self.tensors:
+                scaling = scaling * self.tensor(scales)
+            dtype = self.tensors[name_a].dtype
+            pairs.append(LowRankPair(adapter.name, dtype, self.tensor(name_a), self.tensor(name_b), scaling))
+        return pairs
+
+    def adapters(self, module: str, names: list[str] | None = None) -> AdapterStack:
+        """Return a module's adapters concatenated along the rank, as runtimes use them; ``names`` selects some."""
+        pairs = [pair for pair in self.pairs(module) if names is None or pair.name in names]
+        return stack_adapters(pairs, self._entry(module).shape)
+
+    def dense(self, module: str, *, residual: bool = True, adapters: bool = False) -> F32Array:
+        """Return the weight ([E,] N, K) in float32: kept weights, plus the residual, plus trained adapters if asked."""
+        weight = self.module(module).dense()
+        names = [a.name for a in self._entry(module).adapters if (residual if a.name == RESIDUAL else adapters)]
+        return weight + self.adapters(module, names).product() if names else weight
+
+    def slice(self, module: str, *, rows: slice = slice(None), columns: slice = slice(None)) -> ModuleTensors:
+        """Return the canonical tensors of a part of a module, for tensor parallelism."""
+        return self.module(module).part(rows, columns)
+
+    def check_all(self) -> Iterator[tuple[str, FormatError | None]]:
+        """Check every tensor's digest, then every module's structure; yield each name with its error or None."""
+        for name, stored in sorted(self.manifest.checksums.items()):
+            sound = validation.digest(self.raw(name)) == stored
+            yield (
+                name,
+                None
+                if sound
+                else ChecksumError(
+                    "its bytes differ from their digest", path=self.path, tensor=name, fix=validation.REMAKE
+                ),
+            )
+        for name in self.modules:
+            try:
+                self.module(name)
+            except FormatError as error:
+                yield name, error
+            else:
+                yield name, None
+
+    def _entry(self, module: str) -> ModuleEntry:
+        if module not in self.modules:
+            raise FormatError("there is no packed module of this name", path=self.path, tensor=module)
+        return self.modules[module]

@@ -1,0 +1,138 @@
+"""The rules a .salr file must keep. Each function raises an error that names file, tensor, found and needed.
+
+``check_header``, ``check_version`` and ``check_manifest`` look at header and manifest only and run when a file is
+opened; ``check_module`` looks at a module's tensors and runs before any of their bytes is handed out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from . import naming
+from .bitmap import row_popcounts, spare_bits_are_clear
+from .container import Container, TensorSpec
+from .errors import ChecksumError, FormatError, VersionError
+from .manifest import FORMAT_VERSION, MANIFEST_NAME, AdapterEntry, Manifest, ModuleEntry
+from .module import ModuleTensors
+from .values import encoded_bytes
+
+ZERO_DIGEST = "0" * 32
+REMAKE = "the file is damaged: copy or make it again"
+
+
+def digest(data: bytes | memoryview) -> str:
+    """Return the XXH3-128 digest of ``data``: 32 lower-case hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def header_digest(header: bytes, stored: str) -> str:
+    """Return the digest of a header, padding included, with the digits of its own digest replaced by zeros."""
+    key = b'"salr_header_xxh3":"'
+    return digest(header.replace(key + stored.encode(), key + ZERO_DIGEST.encode(), 1))
+
+
+def check_version(container: Container) -> None:
+    """Refuse what is not a .salr file of a known version."""
+    version = container.metadata.get("salr_version")
+    if version is None:
+        raise FormatError(
+            "a safetensors file without salr_version",
+            path=container.path,
+            needed="a .salr file",
+            fix="make one with `salr convert`",
+        )
+    if version != FORMAT_VERSION:
+        raise VersionError(
+            f"format version {version!r}", path=container.path, needed=f"version {FORMAT_VERSION}", fix="upgrade salr"
+        )
+
+
+def check_header(container: Container) -> None:
+    """Check the digests of header and manifest, and that a manifest is there."""
+    stored = container.metadata.get("salr_header_xxh3", "")
+    if len(stored) != 32 or header_digest(container.header_bytes, stored) != stored:
+        raise ChecksumError("the header's digest does not match", path=container.path, fix=REMAKE)
+    manifest = container.tensors.get(MANIFEST_NAME)
+    if manifest is None or manifest.dtype != "U8":
+        raise FormatError("there is no manifest", path=container.path, tensor=MANIFEST_NAME, fix=REMAKE)
+    if digest(container.raw(MANIFEST_NAME)) != container.metadata.get("salr_manifest_xxh3"):
+        raise ChecksumError("the manifest's digest does not match", path=container.path, fix=REMAKE)
+
+
+def check_manifest(container: Container, manifest: Manifest) -> None:
+    """Hold the manifest against the header: each tensor it implies is there, with its dtype, shape and digest."""
+    for name, entry in manifest.modules.items():
+        for spec in naming.module_specs(name, entry):
+            _check_tensor(container, spec, ("F16", "F32") if spec.name == naming.scales_name(name) else (spec.dtype,))
+        if entry.pattern == "dense" and entry.nnz != entry.n_weights:
+            raise FormatError(
+                f"nnz {entry.nnz}", path=container.path, tensor=name, needed=f"{entry.n_weights} in a dense pattern"
+            )
+        for adapter in entry.adapters:
+            _check_adapter(container, name, entry, adapter)
+    undigested = sorted(set(container.tensors) - set(manifest.checksums) - {MANIFEST_NAME})
+    missing = sorted(set(manifest.checksums) - set(container.tensors))
+    for names, found in ((undigested, "has no digest in the manifest"), (missing, "is missing from the file")):
+        if names:
+            raise FormatError(found, path=container.path, tensor=names[0], fix=REMAKE)
+    for name in container.tensors:
+        if name.startswith(naming.ASSET_PREFIX) and not naming.is_asset_name(name.removeprefix(naming.ASSET_PREFIX)):
+            raise FormatError(
+                "the asset's name could leave its folder", path=container.path, tensor=name, needed="a plain name"
+            )
+
+
+def _check_adapter(container: Container, module: str, entry: ModuleEntry, adapter: AdapterEntry) -> None:
+    shape_a, shape_b = naming.adapter_shapes(entry, adapter.rank)
+    name_a, name_b = naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)
+    dtypes = naming.adapter_dtypes(adapter.name)
+    _check_tensor(container, TensorSpec(name_a, "F32", shape_a), dtypes)
+    _check_tensor(container, TensorSpec(name_b, "F32", shape_b), dtypes)
+    if "I8" in (container.tensors[name_a].dtype, container.tensors[name_b].dtype):
+        scales = naming.rank_scales_name(module, adapter.name)
+        _check_tensor(container, TensorSpec(scales, "F32", (adapter.rank,)), ("F32",))
+
+
+def _check_tensor(container: Container, spec: TensorSpec, dtypes: tuple[str, ...]) -> None:
+    found = container.tensors.get(spec.name)
+    if found is None:
+        raise FormatError("is missing from the file", path=container.path, tensor=spec.name, fix=REMAKE)
+    if found.dtype not in dtypes or found.shape != spec.shape:
+        raise FormatError(
+            f"{found.dtype} {list(found.shape)}",
+            path=container.path,
+            tensor=spec.name,
+            needed=f"{' or '.join(dtypes)} {list(spec.shape)}",
+            fix=REMAKE,
+        )
+
+
+def check_module(tensors: ModuleTensors, path: str, name: str) -> None:
+    """Check bitmap, row_offsets, spare bits and padding against each other, so that no index leaves ``values``."""
+    entry = tensors.entry
+    if tensors.bitmap is not None and tensors.row_offsets is not None:
+        offsets = tensors.row_offsets
+        if offsets[0] != 0 or offsets[-1] != entry.nnz or np.any(offsets[1:] < offsets[:-1]):
+            raise FormatError(
+                f"does not rise from 0 to nnz (it ends at {offsets[-1]})",
+                path=path,
+                tensor=naming.row_offsets_name(name),
+                needed=f"{entry.nnz} at its end",
+                fix=REMAKE,
+            )
+        wrong = np.flatnonzero(row_popcounts(tensors.bitmap) != np.diff(offsets))
+        if wrong.size:
+            raise FormatError(
+                f"row {wrong[0]} has another number of set bits than row_offsets say",
+                path=path,
+                tensor=naming.bitmap_name(name),
+                fix=REMAKE,
+            )
+        if not spare_bits_are_clear(tensors.bitmap, entry.n_columns):
+            raise FormatError(
+                "bits are set past the last column", path=path, tensor=naming.bitmap_name(name), fix=REMAKE
+            )
+    used = encoded_bytes(entry.encoding, entry.nnz)
+    if np.any(tensors.values.view(np.uint8)[used:]):
+        raise FormatError("the padding is not zero", path=path, tensor=naming.values_name(name), fix=REMAKE)

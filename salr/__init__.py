@@ -1,0 +1,52 @@
+"""SALR: bitmap-sparse weights with a low-rank correction, in one checksummed file (arXiv 2601.16991)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_package_dir = Path(__file__).parent
+if not (_package_dir / "converter").is_dir():
+    # In a checkout converter/, formats/ and cuda/ sit beside salr/; a wheel holds them inside it.
+    __path__.append(str(_package_dir.parent))
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .converter.options import ConvertOptions as ConvertOptions
+    from .converter.options import ModuleOptions as ModuleOptions
+    from .converter.pipeline import convert as convert
+    from .converter.report import ConvertReport as ConvertReport
+    from .converter.unpack import unpack as unpack
+    from .formats.errors import SalrError as SalrError
+    from .formats.reader import SalrFile as SalrFile
+
+#: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
+_PUBLIC = {
+    "ConvertOptions": ".converter.options",
+    "ConvertReport": ".converter.report",
+    "ModuleOptions": ".converter.options",
+    "SalrError": ".formats.errors",
+    "SalrFile": ".formats.reader",
+    "convert": ".converter.pipeline",
+    "unpack": ".converter.unpack",
+}
+__all__ = ["ConvertOptions", "ConvertReport", "ModuleOptions", "SalrError", "SalrFile", "convert", "open", "unpack"]
+
+
+def open(path: str | Path) -> SalrFile:
+    """Open a .salr file for reading: lazy, memory-mapped, header and manifest checked.
+
+    Raises:
+        SalrError: it is not a sound .salr file of a known version.
+    """
+    from .formats.reader import SalrFile
+
+    return SalrFile(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'salr' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name], __name__), name)

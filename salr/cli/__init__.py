@@ -1,0 +1,38 @@
+"""The `salr` command: each subcommand parses its flags and calls one library function.
+
+Exit status: 0 done, 1 refused or failed, 2 usage, 3 verify mismatch, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from . import console, convert, inspect, unpack, verify
+
+app = typer.Typer(
+    name="salr",
+    help="Turn a dense or LoRA-fine-tuned language model into one sparse + low-rank .salr file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert", rich_help_panel="Make")(console.guarded(convert.convert))
+app.command("inspect", rich_help_panel="Look")(console.guarded(inspect.inspect))
+app.command("verify", rich_help_panel="Look")(console.guarded(verify.verify))
+app.command("unpack", rich_help_panel="Leave")(console.guarded(unpack.unpack))
+
+
+def main() -> int:
+    """Run the command line and return its exit status."""
+    try:
+        app()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

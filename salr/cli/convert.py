@@ -1,0 +1,161 @@
+"""`salr convert`: a Hugging Face or LoRA directory becomes one .salr file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ..formats.reader import SalrFile
+from . import console
+from .inspect import show_modules, summary_lines
+
+if TYPE_CHECKING:
+    from ..converter.options import ConvertOptions
+    from ..converter.plan import Plan
+    from ..converter.report import ConvertReport
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face model or PEFT LoRA directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.salr", help="The file to make.")],
+    sparsity: Annotated[float, typer.Option(help="Fraction removed, 0 to 0.95.")] = 0.5,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the residual adapter, 0 for none.", show_default="64")
+    ] = None,
+    method: Annotated[str, typer.Option(help="How mask and residual are chosen: magnitude.")] = "magnitude",
+    scope: Annotated[str, typer.Option(help="Where weights compete: layer, row or global.")] = "layer",
+    adapter: Annotated[list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact; repeatable.")] = [],  # noqa: B006
+    base: Annotated[Path | None, typer.Option(help="The base model of a LoRA directory.")] = None,
+    include: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to pack besides.")] = [],  # noqa: B006
+    exclude: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to keep dense.")] = [],  # noqa: B006
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="'PAT k=v,...'", help="Override options per module; repeatable.")
+    ] = [],  # noqa: B006
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Options and overrides from a file.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and each choice's reason; write nothing.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Discard what an interrupted run left.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:i].")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Modules converted at once.", show_default="one a core")] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Convert SRC (a Hugging Face model directory, or a LoRA directory with --base) to one .salr file."""
+    from ..converter.options import ConvertOptions, ModuleOptions, parse_override, read_recipe
+    from ..converter.pipeline import convert_plan, plan_conversion
+    from ..formats.output_file import check_output
+
+    options = ConvertOptions(
+        module=ModuleOptions(sparsity, rank),
+        method=method,
+        scope=scope,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        overrides=(*(read_recipe(recipe) if recipe else ()), *(parse_override(text) for text in settings)),
+        adapters=parse_adapters(adapter),
+        base=base,
+        device=device,
+        workers=workers,
+        force=force,
+        fresh=fresh,
+    )
+    if not dry_run:
+        check_output(out, force=force)
+    plan = plan_conversion(source, options)
+    if dry_run:
+        return show_plan(plan, as_json)
+    silent = quiet or as_json
+    show_source(plan, options, out, silent)
+    with console.progress_bar("convert", quiet=silent) as progress:
+        report = convert_plan(plan, out, options, progress=progress)
+    if as_json:
+        return console.say_json(asdict(report))
+    if verbose:
+        show_modules(SalrFile(out))
+    return show_report(report, plan, quiet)
+
+
+def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    """Parse [NAME=]DIR; without a name the directory's own is used."""
+    parsed = []
+    for text in texts:
+        name, equals, directory = text.partition("=")
+        path = Path(directory if equals else text)
+        parsed.append((name if equals else path.resolve().name, path))
+    return tuple(parsed)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Print each input tensor with what becomes of it and why."""
+    if as_json:
+        return console.say_json([asdict(line) for line in plan.ledger])
+    table = Table("tensor", "fate", "removed", "rank", "reason", box=None, pad_edge=False)
+    modules = {module.entry.source_tensor: module for module in plan.modules}
+    for line in plan.ledger:
+        module = modules.get(line.key)
+        removed = console.percent(1 - module.entry.nnz / module.entry.n_weights) if module else ""
+        table.add_row(line.key, line.fate, removed, str(module.residual_rank) if module else "", line.reason)
+    return console.out.print(table)
+
+
+def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> None:
+    """Print what was found and what will be done."""
+    checkpoint = plan.checkpoint
+    n_parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    n_bytes = sum(len(checkpoint.raw(name)) for name in checkpoint.tensors)
+    dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
+    packed = sum(module.entry.n_weights for module in plan.modules)
+    removed = 1 - sum(module.entry.nnz for module in plan.modules) / packed
+    ranks = sorted({module.residual_rank for module in plan.modules})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    disk = sum(spec.n_bytes for spec in plan.specs())
+    free = shutil.disk_usage(out.parent).free
+    console.say(
+        f"{checkpoint.directory.name}   {checkpoint.architecture or 'no model class'}, {'/'.join(dtypes).lower()}, "
+        f"{console.count(n_parameters)} parameters, {console.megabytes(n_bytes)}",
+        quiet=quiet,
+    )
+    console.say(
+        f"plan    pack {len(plan.modules)} linears ({100 * packed / n_parameters:.0f} % of weights), keep "
+        f"{len(plan.kept)} tensors dense, {100 * removed:.0f} % removed, {rank}",
+        quiet=quiet,
+    )
+    for adapter in plan.adapters:
+        console.say(f"        adapter '{adapter.name}' kept exact: {len(adapter.pairs)} modules", quiet=quiet)
+    console.say(
+        f"        {options.method} per {options.scope}, {options.device}, disk {console.megabytes(disk)} "
+        f"({console.megabytes(free)} free)",
+        quiet=quiet,
+    )
+
+
+def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
+    """Print what was measured, and what to do next."""
+    console.say(quiet=quiet)
+    for line in summary_lines(SalrFile(report.path)):
+        console.say(line, quiet=quiet)
+    console.say(
+        f"ledger                  {report.n_inputs} of {report.n_inputs} input tensors accounted for", quiet=quiet
+    )
+    for warning in size_warnings(report):
+        console.say(f"! {warning}", quiet=quiet)
+    console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
+    console.say(f"next:  salr verify {report.path} --against {plan.checkpoint.directory}", quiet=quiet)
+    console.say(f"       salr unpack {report.path} DIR", quiet=quiet)
+
+
+def size_warnings(report: ConvertReport) -> list[str]:
+    """Return what makes this file larger than it could be."""
+    sizes = report.sizes
+    share = sizes.residual_bytes / sizes.packed_bytes
+    if share <= 0.15:
+        return []
+    smaller = (sizes.file_bytes - 0.75 * sizes.residual_bytes) / sizes.source_bytes
+    return [f"The residual is {100 * share:.0f} % of the packed bytes: a quarter of its rank gives {smaller:.2f}x."]

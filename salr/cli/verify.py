@@ -1,0 +1,60 @@
+"""`salr verify`: digests and structure of a .salr file, and whether it is what its source gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..formats.errors import FormatError, MismatchError, SalrError
+from ..formats.reader import SalrFile
+from . import console
+from .convert import parse_adapters
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .salr file.")],
+    against: Annotated[Path | None, typer.Option(metavar="SRC", help="The source it was made from.")] = None,
+    adapter: Annotated[list[str], typer.Option(metavar="[NAME=]DIR", help="As given to convert.")] = [],  # noqa: B006
+    base: Annotated[Path | None, typer.Option(help="As given to convert.")] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Check every digest and structure of FILE; --against SRC recomputes it. Exit status 3 on a mismatch."""
+    try:
+        file = SalrFile(path)
+    except FormatError as error:
+        raise MismatchError(str(error)) if path.is_file() else error from error
+    total = len(file.tensors) - 1 + len(file.modules)
+    problems, n_checked = _collect(file.check_all(), total, "verify", quiet or as_json)
+    n_compared = 0
+    if against is not None and not problems:
+        from ..converter.verification import compare_with_source
+
+        findings = compare_with_source(file, against, parse_adapters(adapter), base)
+        found, n_compared = _collect(findings, None, "compare", quiet or as_json)
+        problems += found
+    if as_json:
+        console.say_json({"checked": n_checked, "compared": n_compared, "problems": [str(p) for p in problems]})
+    else:
+        for problem in problems:
+            console.fail(str(problem))
+        if not problems:
+            compared = f"; {n_compared} parts equal the source" if against is not None else ""
+            console.say(f"{path}: header, manifest and {n_checked} checks are sound{compared}", quiet=quiet)
+    if problems:
+        raise typer.Exit(3)
+
+
+def _collect(
+    findings: Iterator[tuple[str, SalrError | None]], total: int | None, label: str, quiet: bool
+) -> tuple[list[SalrError], int]:
+    problems, done = [], 0
+    with console.progress_bar(label, quiet=quiet) as progress:
+        for done, (_, problem) in enumerate(findings, 1):
+            progress(done, max(total or 0, done))
+            if problem is not None:
+                problems.append(problem)
+    return problems, done
