@@ -6,6 +6,7 @@ Invariant: an options object is valid in itself; what depends on the checkpoint 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import math
 import re
 import sys
@@ -22,10 +23,38 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHODS = ("magnitude",)
 SCOPES = ("layer", "row", "global")
+PATTERNS = ("unstructured", "2:4")
 DEFAULT_RANK = 64
+DEFAULT_ROUNDS = 60
+SYNTHETIC = "synthetic"
+SYNTHETIC_SAMPLES = 16
+NO_DATA = "none"
 MAX_SPARSITY = 0.95
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method needs and how its kept values come about.
+
+    ``scope``: where weights compete by default. ``sequential``: its statistics come from inputs that went through the
+    blocks already packed, otherwise from the source's own. ``corrects``: its target makes up for the difference.
+    """
+
+    needs_data: bool
+    scope: str
+    values_from: str
+    sequential: bool = False
+    corrects: bool = False
+
+
+METHODS = {
+    "magnitude": Method(False, "layer", "source"),
+    "alternating": Method(False, "row", "source_minus_residual"),
+    "wanda": Method(True, "row", "source", sequential=True),
+    "sparsegpt": Method(True, "layer", "refit", sequential=True),
+    "joint": Method(True, "row", "refit", sequential=True, corrects=True),
+}
 
 
 @dataclass(frozen=True)
@@ -52,25 +81,57 @@ class ModuleOptions:
 
 
 @dataclass(frozen=True)
+class CalibrationOptions:
+    """Where calibration tokens come from.
+
+    Args:
+        text: a .txt or .jsonl file, ``synthetic`` for random tokens, or ``none``.
+        samples: windows. length: tokens a window. seed: of their choice.
+    """
+
+    text: str
+    samples: int = 64
+    length: int = 1024
+    seed: int = 0
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what the manifest keeps: no path, but the text's digest."""
+        digest = None if self.text == SYNTHETIC else hashlib.sha256(Path(self.text).read_bytes()).hexdigest()
+        kind = {"kind": SYNTHETIC} if digest is None else {"kind": "text", "sha256": digest}
+        return {**kind, "samples": self.samples, "length": self.length, "seed": self.seed}
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """Options of ``salr.convert``; those of the command line carry the same names.
 
     Args:
         module: defaults for every packed module.
-        method: how mask and residual are chosen; ``magnitude`` is the paper's.
-        scope: where weights compete: within a layer, an output row, or the whole model (``global``).
+        method: how mask and residual are chosen; ``magnitude`` is the paper's. None for ``joint`` with calibration
+            and ``alternating`` without.
+        scope: where weights compete: within a layer, an output row, or the whole model (``global``, for magnitude).
+            None for the method's own.
+        pattern: ``unstructured``, or ``2:4`` to keep two of every four weights along a row.
+        rounds: of alternation in ``alternating`` and ``joint``.
+        calibration: the data that ``wanda``, ``sparsegpt`` and ``joint`` need. ``alternating`` takes random tokens
+            where it is None, and weights alone where its text is ``none``.
         include, exclude: globs or ``re:`` patterns of module names to pack besides, or to keep dense.
         overrides: (pattern, settings) pairs that replace fields of ``module``; later ones win.
         adapters: (name, directory) of LoRA adapters to keep exact.
         base: the base model when the source is an adapter directory.
+        target_bits: mean bits per packed weight, adapters counted; chooses sparsity and rank of each module.
         device: ``cpu`` or ``cuda[:i]``.
         workers: threads that convert modules; None for one a core, at most 8. Never changes the bytes.
         force: replace an existing output. fresh: discard what an interrupted run left.
     """
 
     module: ModuleOptions = ModuleOptions()
-    method: str = "magnitude"
-    scope: str = "layer"
+    method: str | None = None
+    scope: str | None = None
+    pattern: str = "unstructured"
+    rounds: int = DEFAULT_ROUNDS
+    calibration: CalibrationOptions | None = None
+    target_bits: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -82,8 +143,21 @@ class ConvertOptions:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("method", self.chosen_method, tuple(METHODS))
+        _check_choice("scope", self.chosen_scope, SCOPES)
+        _check_choice("pattern", self.pattern, PATTERNS)
+        if self.method_info.needs_data and (self.calibration is None or self.calibration.text == NO_DATA):
+            raise OptionError(f"method {self.method!r}", needed="--calibration", fix="give a text, or 'synthetic'")
+        if self.calibration is not None and self.chosen_method == "magnitude":
+            raise OptionError("method 'magnitude' uses no data", fix="drop --calibration, or use --method joint")
+        if self.chosen_scope == "global" and (self.method != "magnitude" or self.pattern != "unstructured"):
+            raise OptionError("scope 'global'", needed="--method magnitude and an unstructured pattern")
+        if self.pattern == "2:4" and any(s != 0.5 for s in (self.module.sparsity, *self._override_sparsities())):
+            raise OptionError("pattern 2:4 with another sparsity", needed="--sparsity 0.5", fix="drop --sparsity")
+        if self.target_bits is not None and (self.chosen_scope == "global" or self.pattern != "unstructured"):
+            raise OptionError("--target-bits", needed="an unstructured pattern and scope layer or row")
+        if self.rounds < 1:
+            raise OptionError(f"{self.rounds} rounds", needed="1 or more")
         if self.workers is not None and self.workers < 1:
             raise OptionError(f"{self.workers} workers", needed="1 or more")
         for pattern, settings in self.overrides:
@@ -94,6 +168,32 @@ class ConvertOptions:
         names = [name for name, _ in self.adapters]
         if len(set(names)) != len(names):
             raise OptionError("two adapters have one name", fix="name them: --adapter NAME=DIR")
+
+    def _override_sparsities(self) -> list[float]:
+        return [settings["sparsity"] for _, settings in self.overrides if "sparsity" in settings]
+
+    @property
+    def chosen_method(self) -> str:
+        """The method asked for, or the default with or without data."""
+        has_text = self.calibration is not None and self.calibration.text not in (SYNTHETIC, NO_DATA)
+        return self.method or ("joint" if has_text else "alternating")
+
+    @property
+    def data(self) -> CalibrationOptions | None:
+        """The calibration to use: what was asked for, or random tokens for ``alternating``."""
+        if self.calibration is None:
+            return CalibrationOptions(SYNTHETIC, SYNTHETIC_SAMPLES) if self.chosen_method == "alternating" else None
+        return None if self.calibration.text == NO_DATA else self.calibration
+
+    @property
+    def method_info(self) -> Method:
+        """What the chosen method needs."""
+        return METHODS[self.chosen_method]
+
+    @property
+    def chosen_scope(self) -> str:
+        """The scope asked for, or the method's own."""
+        return self.scope or self.method_info.scope
 
     def for_module(self, name: str) -> ModuleOptions:
         """Return the settings of module ``name``, overrides applied in order."""
@@ -108,8 +208,12 @@ class ConvertOptions:
         return {
             "sparsity": float(self.module.sparsity),
             "rank": self.module.rank,
-            "method": self.method,
-            "scope": self.scope,
+            "method": self.chosen_method,
+            "scope": self.chosen_scope,
+            "pattern": self.pattern,
+            "rounds": self.rounds,
+            "target_bits": self.target_bits,
+            "calibration": None if self.data is None else self.data.recorded(),
             "include": list(self.include),
             "exclude": list(self.exclude),
             "set": [[pattern, dict(settings)] for pattern, settings in self.overrides],
@@ -117,8 +221,14 @@ class ConvertOptions:
 
     @staticmethod
     def from_recorded(recorded: Mapping[str, Any], **run: Any) -> ConvertOptions:
-        """Return the options that a manifest records, with ``run`` for those that shape no bytes."""
+        """Return the options that a manifest records, with ``run`` for those that shape no bytes.
+
+        Of calibration only its being there is known: enough to plan, not to convert.
+        """
         return ConvertOptions(
+            pattern=recorded.get("pattern", "unstructured"),
+            rounds=recorded.get("rounds", DEFAULT_ROUNDS),
+            calibration=CalibrationOptions(SYNTHETIC) if recorded.get("calibration") else None,
             module=ModuleOptions(recorded["sparsity"], recorded["rank"]),
             method=recorded["method"],
             scope=recorded["scope"],

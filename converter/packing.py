@@ -1,6 +1,6 @@
 """One module: from its source weight to the tensors of the file, and the errors measured on the way.
 
-Invariant: kept values are the source's own bits; the residual's error is measured with the factors as stored.
+Invariant: errors are measured with values and factors as stored, against the source's own weight.
 """
 
 from __future__ import annotations
@@ -18,25 +18,37 @@ from ..formats.dtypes import Array, storage_dtype
 from ..formats.errors import SourceError
 from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
 from ..formats.values import pad_values
-from .lowrank import truncated_svd
+from .methods import Problem, Solution, solve
+from .options import METHODS, ConvertOptions
 from .plan import PlannedModule
-from .prune import magnitude_mask
+from .prune import Groups
 from .sources import Checkpoint
+from .weighted import output_energy
 
 _ERROR_ROWS = 256
+_FALLBACK = "alternating"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Calibration of one matrix: H = sum x x^T (K, K), and ``target`` (N, K) to approximate in W0's place."""
+
+    gram: torch.Tensor
+    target: torch.Tensor
 
 
 @dataclass(frozen=True)
 class PackedModule:
-    """A module's tensors by name, ready to be written, and its entry with measured errors."""
+    """A module's tensors by name, ready to be written, its entry with measured errors, and the matrices they give."""
 
     entry: ModuleEntry
     tensors: dict[str, Array]
+    matrices: list[PackedMatrix]
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """One (N, K) matrix: mask, kept values in the source's dtype, factors in the source's dtype, squared errors."""
+    """One (N, K) matrix as stored: mask, kept values (nnz,), factors, and squared errors; ``output`` with data only."""
 
     mask: torch.Tensor
     values: torch.Tensor
@@ -45,18 +57,35 @@ class PackedMatrix:
     energy: float
     mask_energy: float
     residual_energy: float
+    output: float | None
+
+    def weight(self) -> torch.Tensor:
+        """Return S + B A (N, K) in float32."""
+        return stored_weight(self.mask, self.values, self.lora_B, self.lora_A)
 
 
-def pack_module(planned: PlannedModule, checkpoint: Checkpoint, scope: str, device: torch.device) -> PackedModule:
+def pack_module(
+    planned: PlannedModule,
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    device: torch.device,
+    calibrated: Calibrated | None = None,
+) -> PackedModule:
     """Prune one module, correct it, and lay its tensors out as the file wants them.
+
+    A method that needs data falls back to ``alternating`` without ``calibrated``.
 
     Raises:
         SourceError: a weight is NaN or infinite.
     """
-    weights = _matrices(planned.entry, checkpoint)
-    n_kept = planned.entry.nnz // (planned.entry.shape[0] if len(planned.entry.shape) == 3 else 1)
-    packed = [_pack_matrix(planned, weight.to(device), n_kept, scope, checkpoint) for weight in weights]
-    tensors = _tensors(planned, packed)
+    method = options.chosen_method
+    if METHODS[method].needs_data and calibrated is None:
+        method = _FALLBACK
+    matrices = [
+        _pack_matrix(planned, source.to(device), checkpoint, options, method, calibrated)
+        for source in _sources(planned.entry, checkpoint)
+    ]
+    tensors = _tensors(planned, matrices)
     for trained in planned.trained:
         for name, factor in (
             (naming.lora_a_name(planned.name, trained.adapter.name), trained.pair.lora_A),
@@ -64,10 +93,13 @@ def pack_module(planned: PlannedModule, checkpoint: Checkpoint, scope: str, devi
         ):
             raw = np.frombuffer(trained.adapter.raw(factor.name), storage_dtype(factor.dtype))
             tensors[name] = raw.reshape(factor.shape)
-    return PackedModule(replace(planned.entry, error=_error(planned, packed)), tensors)
+    is_changed = planned.entry.pattern != "dense" and (planned.residual_rank or METHODS[method].values_from == "refit")
+    values_from = METHODS[method].values_from if is_changed else "source"
+    entry = replace(planned.entry, error=_error(planned, matrices), values_from=values_from)
+    return PackedModule(entry, tensors, matrices)
 
 
-def _matrices(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
+def _sources(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
     """Yield each (N, K) matrix of a module in its own dtype."""
     weight = checkpoint.read(entry.source_tensor)
     for matrix in weight if weight.ndim == 3 else [weight]:
@@ -75,61 +107,107 @@ def _matrices(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tens
 
 
 def _pack_matrix(
-    planned: PlannedModule, source: torch.Tensor, n_kept: int, scope: str, checkpoint: Checkpoint
+    planned: PlannedModule,
+    source: torch.Tensor,
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    method: str,
+    calibrated: Calibrated | None,
 ) -> PackedMatrix:
     weight = source.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(weight).all()):
         raise SourceError(
             "holds NaN or infinity", path=checkpoint.directory, tensor=planned.entry.source_tensor, fix="save it again"
         )
-    mask = magnitude_mask(weight, n_kept, scope)
-    values = source[mask]
-    energy = squared_norm(weight)
-    residual = weight.masked_fill_(mask, 0)
-    mask_energy = squared_norm(residual)
-    if not planned.residual_rank:
-        return PackedMatrix(mask, values, None, None, energy, mask_energy, mask_energy)
-    lora_b, lora_a = (factor.to(source.dtype) for factor in truncated_svd(residual, planned.residual_rank))
-    return PackedMatrix(mask, values, lora_a, lora_b, energy, mask_energy, squared_distance(residual, lora_b, lora_a))
+    if planned.entry.pattern == "dense":
+        solution = Solution(torch.ones_like(weight, dtype=torch.bool), None, None)
+    else:
+        solution = solve(method, _problem(planned, weight, source.dtype, options, calibrated))
+    values = source[solution.mask]
+    if solution.values is not None:
+        values = solution.values[solution.mask].to(source.dtype)
+    return _measured(solution, values, weight, None if calibrated is None else calibrated.gram)
 
 
-def _tensors(planned: PlannedModule, packed: list[PackedMatrix]) -> dict[str, Array]:
+def _problem(
+    planned: PlannedModule,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    options: ConvertOptions,
+    calibrated: Calibrated | None,
+) -> Problem:
+    n_matrices = planned.entry.shape[0] if len(planned.entry.shape) == 3 else 1
+    return Problem(
+        weight=weight if calibrated is None else calibrated.target,
+        n_kept=planned.entry.nnz // n_matrices,
+        groups=groups_of(planned.entry.pattern, options.chosen_scope),
+        rank=planned.residual_rank,
+        rounds=options.rounds,
+        dtype=dtype,
+        gram=None if calibrated is None else calibrated.gram,
+    )
+
+
+def groups_of(pattern: str, scope: str) -> Groups:
+    """Return where the weights of a module compete."""
+    if pattern == "2:4":
+        return Groups("n:m", 4)
+    return Groups("row" if scope == "row" else "layer")
+
+
+def _measured(
+    solution: Solution, values: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None
+) -> PackedMatrix:
+    energy, output = squared_norm(weight), None
+    stored = stored_weight(solution.mask, values, solution.lora_B, solution.lora_A)
+    if gram is not None:
+        output = output_energy(weight - stored, gram) / (output_energy(weight, gram) or 1.0)
+    residual_energy = squared_norm(weight - stored)
+    mask_energy = squared_norm(weight.masked_fill_(solution.mask, 0))
+    return PackedMatrix(
+        solution.mask, values, solution.lora_A, solution.lora_B, energy, mask_energy, residual_energy, output
+    )
+
+
+def stored_weight(
+    mask: torch.Tensor, values: torch.Tensor, lora_b: torch.Tensor | None, lora_a: torch.Tensor | None
+) -> torch.Tensor:
+    """Return S + B A (N, K) in float32 from kept values (nnz,) and factors."""
+    weight = torch.zeros(mask.shape, device=mask.device)
+    weight[mask] = values.float()
+    return weight if lora_b is None or lora_a is None else weight.addmm_(lora_b.float(), lora_a.float())
+
+
+def _tensors(planned: PlannedModule, matrices: list[PackedMatrix]) -> dict[str, Array]:
     name, entry = planned.name, planned.entry
-    values = np.concatenate([to_numpy(matrix.values) for matrix in packed])
+    values = np.concatenate([to_numpy(matrix.values) for matrix in matrices])
     tensors = {naming.values_name(name): pad_values(values, entry.encoding, entry.nnz)}
     if entry.pattern != "dense":
-        bitmap = pack_bitmap(np.stack([to_numpy(matrix.mask) for matrix in packed]))
+        bitmap = pack_bitmap(np.stack([to_numpy(matrix.mask) for matrix in matrices]))
         tensors[naming.bitmap_name(name)] = bitmap
         tensors[naming.row_offsets_name(name)] = row_offsets(bitmap)
     for adapter_name, factors in (
-        (naming.lora_a_name(name, RESIDUAL), [matrix.lora_A for matrix in packed]),
-        (naming.lora_b_name(name, RESIDUAL), [matrix.lora_B for matrix in packed]),
+        (naming.lora_a_name(name, RESIDUAL), [matrix.lora_A for matrix in matrices]),
+        (naming.lora_b_name(name, RESIDUAL), [matrix.lora_B for matrix in matrices]),
     ):
         if planned.residual_rank:
             tensors[adapter_name] = np.stack([to_numpy(factor) for factor in factors if factor is not None])
     return tensors
 
 
-def _error(planned: PlannedModule, packed: list[PackedMatrix]) -> ErrorEntry:
-    energy = sum(matrix.energy for matrix in packed)
+def _error(planned: PlannedModule, matrices: list[PackedMatrix]) -> ErrorEntry:
+    energy = sum(matrix.energy for matrix in matrices)
     unit = energy or 1.0
-    mask = sum(matrix.mask_energy for matrix in packed) / unit
-    residual = sum(matrix.residual_energy for matrix in packed) / unit
+    mask = sum(matrix.mask_energy for matrix in matrices) / unit
+    residual = sum(matrix.residual_energy for matrix in matrices) / unit
     bound = mask * (1 - planned.residual_rank / min(planned.entry.shape[-2:]))
-    return ErrorEntry(energy, mask, residual, bound)
+    return ErrorEntry(energy, mask, residual, bound, matrices[0].output if len(matrices) == 1 else None)
 
 
 def squared_norm(matrix: torch.Tensor) -> float:
     """Return the squared Frobenius norm, accumulated in float64 from pieces of rows."""
     rows = range(0, matrix.shape[0], _ERROR_ROWS)
     return math.fsum(float(matrix[row : row + _ERROR_ROWS].double().square().sum()) for row in rows)
-
-
-def squared_distance(matrix: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -> float:
-    """Return |matrix - B A|^2, the product in float32 and the sum in float64, from pieces of rows."""
-    lora_a, lora_b = lora_a.float(), lora_b.float()
-    rows = [slice(row, row + _ERROR_ROWS) for row in range(0, matrix.shape[0], _ERROR_ROWS)]
-    return math.fsum(squared_norm(matrix[piece] - lora_b[piece] @ lora_a) for piece in rows)
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

@@ -89,7 +89,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
     modules = [_plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
-    if options.scope == "global":
+    if options.chosen_scope == "global":
         modules = _with_global_counts(modules, checkpoint, options)
     packed_names = {choice.tensor.name for choice in packed}
     kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
@@ -118,8 +118,7 @@ def _plan_module(
     reason = choice.reason
     if not choice.is_packed:
         settings, reason = ModuleOptions(sparsity=0.0), f"an adapter targets it ({choice.reason}): stored unpruned"
-    groups = n_rows if options.scope == "row" else 1
-    removed = settings.n_removed(n_rows * n_columns // groups) * groups
+    removed = _n_removed(choice.module, settings, n_rows, n_columns, options)
     entry = ModuleEntry(
         source_tensor=tensor.name,
         source_shape=tensor.shape,
@@ -127,14 +126,28 @@ def _plan_module(
         shape=(*experts, n_rows, n_columns),
         dtype=tensor.dtype,
         nnz=(n_rows * n_columns - removed) * (experts[0] if experts else 1),
-        pattern="unstructured" if removed else "dense",
+        pattern=options.pattern if removed else "dense",
         encoding=_ENCODINGS[tensor.dtype],
-        values_from="source",
+        values_from=options.method_info.values_from if removed else "source",
     )
     rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if removed else 0
-    adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"truncated SVD of the {options.method} residual")] if rank else []
+    if not rank and options.chosen_method == "alternating":
+        entry = replace(entry, values_from="source")
+    adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
     adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
     return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
+
+
+def _n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:
+    """Return how many weights of a matrix go, whole numbers in each of the groups that compete."""
+    if options.pattern == "2:4" and settings.sparsity:
+        if n_columns % 4:
+            raise OptionError(
+                f"{n_columns} columns", tensor=module, needed="a multiple of 4 for 2:4", fix=f"--exclude {module}"
+            )
+        return n_rows * n_columns // 2
+    groups = n_rows if options.chosen_scope == "row" else 1
+    return settings.n_removed(n_rows * n_columns // groups) * groups
 
 
 def _residual_rank(module: str, settings: ModuleOptions, most: int) -> int:

@@ -7,6 +7,7 @@ thousand. Among equal scores at the boundary the lower flat index is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,16 +41,32 @@ def _ranked(scores: torch.Tensor, index: int) -> torch.Tensor:
     return torch.from_numpy(np.partition(scores.numpy(), index, axis=1)[:, index : index + 1].copy())
 
 
-def magnitude_mask(weight: torch.Tensor, n_kept: int, scope: str) -> torch.Tensor:
-    """Return the mask (N, K) of the largest magnitudes of ``weight`` (N, K), the paper's static mask on W0.
+@dataclass(frozen=True)
+class Groups:
+    """Where weights compete for being kept: the whole matrix, each row, or each ``m`` columns of a row (n:m)."""
 
-    Args:
-        weight: float32.
-        n_kept: kept weights of the layer; for scope ``row`` a multiple of N.
-        scope: ``row`` for the same number in each output row, otherwise over the layer.
+    kind: str
+    m: int = 0
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        """Return the number of groups in a matrix of ``shape`` (N, K)."""
+        return {"layer": 1, "row": shape[0], "n:m": shape[0] * shape[1] // (self.m or 1)}[self.kind]
+
+
+def keep_roughly(scores: torch.Tensor, n_kept: int, groups: Groups) -> torch.Tensor:
+    """Return the mask of ``keep_in_groups``, and all that tie at a boundary: for steps whose mask is not final."""
+    grouped = scores.reshape(groups.count(tuple(scores.shape)), -1)
+    n_removed = grouped.shape[1] - n_kept // grouped.shape[0]
+    return (grouped >= _ranked(grouped, n_removed)).view(scores.shape) if n_removed else torch.ones_like(scores) > 0
+
+
+def keep_in_groups(scores: torch.Tensor, n_kept: int, groups: Groups) -> torch.Tensor:
+    """Return the mask (N, K) of the largest ``scores`` (N, K), the same number in each group.
+
+    ``n_kept`` counts the whole matrix and is a multiple of the number of groups.
     """
-    groups = weight.shape[0] if scope == "row" else 1
-    return keep_largest(weight.abs().view(groups, -1), n_kept // groups).view(weight.shape)
+    n_groups = groups.count(tuple(scores.shape))
+    return keep_largest(scores.reshape(n_groups, -1), n_kept // n_groups).view(scores.shape)
 
 
 def global_kept_counts(weights: Sequence[torch.Tensor], n_removed: int) -> list[int]:

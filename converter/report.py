@@ -80,6 +80,7 @@ class ConvertReport:
     n_kept: int
     n_inputs: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def size_report(file: SalrFile) -> SizeReport:

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 
 from ..formats import naming
+from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
-from ..formats.manifest import NO_ERROR, RESIDUAL, ErrorEntry
+from ..formats.manifest import NO_ERROR, RESIDUAL
 from ..formats.reader import SalrFile
+from .methods.alternating import minus_product
 from .options import ConvertOptions
-from .packing import squared_norm, to_numpy
+from .packing import groups_of, squared_norm, to_numpy
 from .pipeline import plan_conversion
 from .plan import Plan, PlannedModule
-from .prune import magnitude_mask
+from .prune import Groups, keep_in_groups
 
 _RELATIVE = 1e-3
 _SMALLEST_SHARE = 1e-9
@@ -67,45 +69,63 @@ def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
 
 def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> MismatchError | None:
     name, entry = planned.name, file.modules.get(planned.name)
-    if entry is None or replace(entry, error=NO_ERROR) != planned.entry:
+    if entry is None or replace(entry, error=NO_ERROR, values_from=planned.entry.values_from) != planned.entry:
         return _mismatch(file, name, "the manifest's entry is not what the source and the options give")
     weight = plan.checkpoint.read(entry.source_tensor)
     source = weight.mT if entry.transposed else weight
     mask = file.module(name).mask()
-    if entry.values_from == "source":
-        if not np.array_equal(to_numpy(source)[mask], file.module(name).stored()):
-            return _mismatch(file, name, "kept values differ from the source's weights")
-        if not np.array_equal(mask, _expected_mask(planned, source, file.manifest.options["scope"])):
+    expected = _expected_values(file, name, source, mask)
+    if expected is not None and not np.array_equal(expected, file.module(name).stored()):
+        return _mismatch(file, name, f"kept values are not what values_from {entry.values_from!r} gives")
+    if file.manifest.options["method"] == "magnitude" and entry.pattern != "dense":
+        groups = groups_of(entry.pattern, file.manifest.options["scope"])
+        if not np.array_equal(mask, _expected_mask(planned, source, groups)):
             return _mismatch(file, name, "the mask differs from the one that the method chooses")
+    return _compare_trained(file, planned) or _compare_errors(file, name, source.float(), mask)
+
+
+def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | None:
     for trained in planned.trained:
         for tensor_name, factor in (
-            (naming.lora_a_name(name, trained.adapter.name), trained.pair.lora_A),
-            (naming.lora_b_name(name, trained.adapter.name), trained.pair.lora_B),
+            (naming.lora_a_name(planned.name, trained.adapter.name), trained.pair.lora_A),
+            (naming.lora_b_name(planned.name, trained.adapter.name), trained.pair.lora_B),
         ):
             if file.raw(tensor_name) != trained.adapter.raw(factor.name):
                 return _mismatch(file, tensor_name, "differs from the trained factor")
-    return _compare_errors(file, name, source.float(), mask)
+    return None
 
 
-def _expected_mask(
-    planned: PlannedModule, source: torch.Tensor, scope: str
-) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _expected_values(file: SalrFile, name: str, source: torch.Tensor, mask: BoolArray) -> Array | None:
+    """Return the kept values (nnz,) that follow from the source and the stored factors; None for refitted ones."""
+    values_from = file.modules[name].values_from
+    if values_from == "source":
+        return to_numpy(source)[mask]
+    if values_from == "refit":
+        return None
+    pair = next(pair for pair in file.pairs(name) if pair.name == RESIDUAL)
+    lora_b, lora_a = (torch.from_numpy(to_float32(factor, pair.dtype)) for factor in (pair.lora_B, pair.lora_A))
+    if source.ndim == 3:
+        parts = zip(source.float(), lora_b, lora_a, strict=True)
+        exact = torch.stack([minus_product(*part) for part in parts])
+    else:
+        exact = minus_product(source.float(), lora_b, lora_a)
+    return to_numpy(exact.to(source.dtype))[mask]
+
+
+def _expected_mask(planned: PlannedModule, source: torch.Tensor, groups: Groups) -> BoolArray:
     matrices = list(source) if source.ndim == 3 else [source]
     n_kept = planned.entry.nnz // len(matrices)
-    masks = [magnitude_mask(matrix.float().contiguous(), n_kept, scope).numpy() for matrix in matrices]
+    masks = [keep_in_groups(matrix.float().abs(), n_kept, groups).numpy() for matrix in matrices]
     return np.stack(masks).reshape(planned.entry.shape)
 
 
-def _compare_errors(
-    file: SalrFile, name: str, weight: torch.Tensor, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-) -> MismatchError | None:
+def _compare_errors(file: SalrFile, name: str, weight: torch.Tensor, mask: BoolArray) -> MismatchError | None:
     stored = file.modules[name].error
     energy = squared_norm(weight)
     masked = squared_norm(weight.masked_fill(torch.from_numpy(mask), 0)) / (energy or 1.0)
     remaining = squared_norm(weight - torch.from_numpy(file.dense(name))) / (energy or 1.0)
-    measured = ErrorEntry(energy, masked, remaining, stored.bound)
-    for key in ("energy", "mask", "residual"):
-        claimed, found = getattr(stored, key), getattr(measured, key)
+    for key, found in (("energy", energy), ("mask", masked), ("residual", remaining)):
+        claimed = getattr(stored, key)
         if abs(found - claimed) > _RELATIVE * abs(claimed) + _SMALLEST_SHARE:
             return _mismatch(file, name, f"its {key} error is {found:.6g}, the manifest says {claimed:.6g}")
     return None

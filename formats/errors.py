@@ -50,6 +50,10 @@ class AdapterError(SalrError):
     """An adapter cannot be read, does not fit its base, or uses a feature that has no exact form here."""
 
 
+class CalibrationError(SalrError):
+    """Calibration text is missing, too short or unreadable, or the model cannot be run on it."""
+
+
 class OptionError(SalrError):
     """An option, or a combination of options, makes no sense for this input."""
 

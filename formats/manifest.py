@@ -43,12 +43,16 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class ErrorEntry:
-    """Squared Frobenius errors as shares of ``energy`` = |W0|^2, and the theorem's bound on ``residual``."""
+    """Squared Frobenius errors as shares of ``energy`` = |W0|^2, and the theorem's bound on ``residual``.
+
+    ``output`` is the squared error of the module's output on calibration data as a share of the output, None without.
+    """
 
     energy: float
     mask: float
     residual: float
     bound: float
+    output: float | None = None
 
 
 #: of a module whose weights are all kept, or whose error is not measured yet
@@ -231,7 +235,9 @@ def _parse_module(value: object, name: str, path: str) -> ModuleEntry:
         pattern=fields.choice("pattern", PATTERNS),
         encoding=encoding,
         values_from=fields.choice("values_from", VALUES_FROM),
-        error=ErrorEntry(*(error.get(key, float) for key in ("energy", "mask", "residual", "bound"))),
+        error=ErrorEntry(
+            *(error.get(key, float) for key in ("energy", "mask", "residual", "bound")), error.maybe("output", float)
+        ),
         adapters=adapters,
         group_size=group_size,
     )

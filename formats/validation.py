@@ -12,6 +12,7 @@ import xxhash
 from . import naming
 from .bitmap import row_popcounts, spare_bits_are_clear
 from .container import Container, TensorSpec
+from .dtypes import U8Array
 from .errors import ChecksumError, FormatError, VersionError
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, AdapterEntry, Manifest, ModuleEntry
 from .module import ModuleTensors
@@ -133,6 +134,19 @@ def check_module(tensors: ModuleTensors, path: str, name: str) -> None:
             raise FormatError(
                 "bits are set past the last column", path=path, tensor=naming.bitmap_name(name), fix=REMAKE
             )
+        if entry.pattern == "2:4" and _most_in_four(tensors.bitmap) > 2:
+            raise FormatError(
+                "keeps more than two of four columns",
+                path=path,
+                tensor=naming.bitmap_name(name),
+                needed="pattern 2:4",
+                fix=REMAKE,
+            )
     used = encoded_bytes(entry.encoding, entry.nnz)
     if np.any(tensors.values.view(np.uint8)[used:]):
         raise FormatError("the padding is not zero", path=path, tensor=naming.values_name(name), fix=REMAKE)
+
+
+def _most_in_four(bitmap: U8Array) -> int:
+    """Return the largest number of set bits in four columns that start at a multiple of four."""
+    return int(max(np.bitwise_count(bitmap & np.uint8(15)).max(), np.bitwise_count(bitmap >> np.uint8(4)).max()))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .converter.pipeline import convert as convert
     from .converter.report import ConvertReport as ConvertReport
     from .converter.unpack import unpack as unpack
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.protocol import EvalOptions as EvalOptions
+    from .evaluation.results import EvalResult as EvalResult
     from .formats.errors import SalrError as SalrError
     from .formats.reader import SalrFile as SalrFile
 
@@ -26,13 +29,28 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "ConvertOptions": ".converter.options",
     "ConvertReport": ".converter.report",
+    "EvalOptions": ".evaluation.protocol",
+    "EvalResult": ".evaluation.results",
     "ModuleOptions": ".converter.options",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
     "convert": ".converter.pipeline",
+    "evaluate": ".evaluation.evaluate",
     "unpack": ".converter.unpack",
 }
-__all__ = ["ConvertOptions", "ConvertReport", "ModuleOptions", "SalrError", "SalrFile", "convert", "open", "unpack"]
+__all__ = [
+    "ConvertOptions",
+    "ConvertReport",
+    "EvalOptions",
+    "EvalResult",
+    "ModuleOptions",
+    "SalrError",
+    "SalrFile",
+    "convert",
+    "evaluate",
+    "open",
+    "unpack",
+]
 
 
 def open(path: str | Path) -> SalrFile:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import console, convert, inspect, unpack, verify
+from . import console, convert, eval, inspect, unpack, verify
 
 app = typer.Typer(
     name="salr",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("convert", rich_help_panel="Make")(console.guarded(convert.convert))
 app.command("inspect", rich_help_panel="Look")(console.guarded(inspect.inspect))
 app.command("verify", rich_help_panel="Look")(console.guarded(verify.verify))
+app.command("eval", rich_help_panel="Look")(console.guarded(eval.evaluate))
 app.command("unpack", rich_help_panel="Leave")(console.guarded(unpack.unpack))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ from . import console
 from .inspect import show_modules, summary_lines
 
 if TYPE_CHECKING:
-    from ..converter.options import ConvertOptions
+    from ..converter.options import CalibrationOptions, ConvertOptions
     from ..converter.plan import Plan
     from ..converter.report import ConvertReport
 
@@ -28,8 +28,32 @@ def convert(
     rank: Annotated[
         int | None, typer.Option(help="Rank of the residual adapter, 0 for none.", show_default="64")
     ] = None,
-    method: Annotated[str, typer.Option(help="How mask and residual are chosen: magnitude.")] = "magnitude",
-    scope: Annotated[str, typer.Option(help="Where weights compete: layer, row or global.")] = "layer",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="magnitude (the paper), alternating, wanda, sparsegpt or joint.",
+            show_default="alternating; joint with a text",
+        ),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Where weights compete: layer, row or global.", show_default="the method's own"),
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured or 2:4.")] = "unstructured",
+    rounds: Annotated[int, typer.Option(help="Rounds of alternating and joint.")] = 60,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .txt or .jsonl text; 'synthetic' for random tokens; 'none' for weights alone.",
+            show_default="synthetic for alternating",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--calibration-samples", help="Windows of text.", show_default="64; 16 if synthetic")
+    ] = None,
+    length: Annotated[int, typer.Option("--calibration-length", help="Tokens a window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     adapter: Annotated[list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact; repeatable.")] = [],  # noqa: B006
     base: Annotated[Path | None, typer.Option(help="The base model of a LoRA directory.")] = None,
     include: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to pack besides.")] = [],  # noqa: B006
@@ -56,6 +80,9 @@ def convert(
         module=ModuleOptions(sparsity, rank),
         method=method,
         scope=scope,
+        pattern=pattern,
+        rounds=rounds,
+        calibration=calibration_options(calibration, samples, length, seed),
         include=tuple(include),
         exclude=tuple(exclude),
         overrides=(*(read_recipe(recipe) if recipe else ()), *(parse_override(text) for text in settings)),
@@ -80,6 +107,16 @@ def convert(
     if verbose:
         show_modules(SalrFile(out))
     return show_report(report, plan, quiet)
+
+
+def calibration_options(text: str | None, samples: int | None, length: int, seed: int) -> CalibrationOptions | None:
+    """Return the calibration asked for; None leaves the choice to the method."""
+    from ..converter.options import CalibrationOptions
+
+    if text is None:
+        return None
+    given = CalibrationOptions(text, length=length, seed=seed)
+    return given if samples is None else replace(given, samples=samples)
 
 
 def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
@@ -130,10 +167,19 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     for adapter in plan.adapters:
         console.say(f"        adapter '{adapter.name}' kept exact: {len(adapter.pairs)} modules", quiet=quiet)
     console.say(
-        f"        {options.method} per {options.scope}, {options.device}, disk {console.megabytes(disk)} "
+        f"        {describe_method(options)}, {options.device}, disk {console.megabytes(disk)} "
         f"({console.megabytes(free)} free)",
         quiet=quiet,
     )
+
+
+def describe_method(options: ConvertOptions) -> str:
+    """Return method, scope, pattern and data in a few words."""
+    data = options.data
+    kind = "no data" if data is None else f"{data.samples} windows of {data.length} tokens"
+    source = "" if data is None else " (random tokens)" if data.text == "synthetic" else f" ({Path(data.text).name})"
+    scope = "2:4" if options.pattern == "2:4" else f"per {options.chosen_scope}"
+    return f"{options.chosen_method} {scope}, {kind}{source}"
 
 
 def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
@@ -144,7 +190,7 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     console.say(
         f"ledger                  {report.n_inputs} of {report.n_inputs} input tensors accounted for", quiet=quiet
     )
-    for warning in size_warnings(report):
+    for warning in (*report.notes, *size_warnings(report)):
         console.say(f"! {warning}", quiet=quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
     console.say(f"next:  salr verify {report.path} --against {plan.checkpoint.directory}", quiet=quiet)

@@ -1,0 +1,43 @@
+"""Joint choice of mask and low-rank part without a refit: GoDec (Zhou & Tao, ICML 2011) with momentum.
+
+Repeat: S = the largest entries of W - L; L = the best rank-r approximation of W - S (one warm subspace step). At kept
+places S + L = W, so only pruned places carry error; at the end kept values are recomputed against the stored factors.
+With a Gram matrix H, scores and low-rank part are weighted by it. The default without calibration text takes H from
+random tokens: that knows which inputs are large, and a refit would only fit the noise in it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..subspace import start_basis, subspace_step
+from ..weighted import ScaledGram, refine_factors, scaled_gram
+from .problem import Problem, Solution, stored_factors
+
+MOMENTUM = 0.8
+
+
+def alternating(problem: Problem) -> Solution:
+    """Alternate ``problem.rounds`` times, then values = W - B A on the mask with the factors as stored."""
+    gram = ScaledGram.identity(problem.weight) if problem.gram is None else scaled_gram(problem.gram)
+    scaled = problem.weight * gram.scale
+    if not problem.rank:
+        return Solution(problem.keep(scaled.abs()), None, None)
+    basis = start_basis(scaled, problem.rank, gram.matrix)
+    low_rank, sparse = basis @ (basis.T @ scaled), torch.zeros_like(scaled)
+    for _ in range(problem.rounds):
+        previous, sparse = sparse, problem.keep_entries(scaled - low_rank)
+        rest = scaled - sparse - MOMENTUM * (sparse - previous)
+        basis = subspace_step(rest, basis, gram.matrix)
+        low_rank = basis @ (basis.T @ rest)
+    mask = problem.keep((scaled - low_rank).abs())
+    factors = refine_factors(torch.where(mask, low_rank, scaled), basis, gram)
+    lora_b, lora_a = stored_factors(*factors, problem.dtype)
+    return Solution(mask, lora_b, lora_a, minus_product(problem.weight, lora_b, lora_a))
+
+
+def minus_product(weight: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
+    """Return W - B A in float32; the product in float64, where bf16 factors multiply and add (nearly) exactly."""
+    rows = [slice(row, row + 256) for row in range(0, weight.shape[0], 256)]
+    lora_a, lora_b = lora_a.double(), lora_b.double()
+    return torch.cat([(weight[piece].double() - lora_b[piece] @ lora_a).float() for piece in rows])

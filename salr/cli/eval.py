@@ -1,0 +1,95 @@
+"""`salr eval`: perplexity of models on a text, and how far each is from a reference."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..formats.errors import OptionError
+from . import console
+from .table import show_table
+
+if TYPE_CHECKING:
+    from ..evaluation.results import EvalResult
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model directories or .salr files.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to predict, as one string.")],
+    reference: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="Compare with this model: agreement, KL.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    stride: Annotated[int, typer.Option(help="Tokens between windows.", show_default="0 = window")] = 0,
+    max_windows: Annotated[int | None, typer.Option(help="Score the first N windows only.", show_default="all")] = None,
+    device: Annotated[str, typer.Option(help="cpu (float32) or cuda[:i] (bf16 autocast).")] = "cpu",
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the results, for inspect --eval.")
+    ] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Measure each MODEL's perplexity on a text; --reference adds next-token agreement and KL divergence."""
+    from ..evaluation.protocol import EvalOptions, read_text
+    from ..evaluation.results import as_json as results_as_json
+
+    options = EvalOptions(window, stride, max_windows, device)
+    if save is not None:
+        check_report(save, ".json")
+    content = read_text(text)
+    from ..evaluation.evaluate import evaluate as run
+
+    start = time.perf_counter()
+    with console.progress_bar("eval", quiet=quiet or as_json) as progress:
+        results = run(models, text, reference, options, progress=progress)
+    found = results_as_json(results, content, options)
+    if save is not None:
+        save.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if as_json:
+        return console.say_json(found)
+    if quiet:
+        return None
+    first = results[0]
+    console.say(
+        f"{content.name}   {first.n_windows} windows of {window} tokens, stride {options.step}, {first.n_scored} "
+        f"predictions, {options.precision} on {device}"
+    )
+    show_results(results)
+    console.say(f"measured in {time.perf_counter() - start:.1f} s" + (f"; wrote {save}" if save else ""))
+    return None
+
+
+def show_results(results: list[EvalResult]) -> None:
+    """Print one line a model."""
+    compared = results[0].is_reference
+    columns = ["model", "bits/weight", "size", "perplexity", *(["ratio", "agreement", "KL (nats)"] if compared else [])]
+    show_table(columns, [result_cells(result, compared) for result in results])
+
+
+def result_cells(result: EvalResult, compared: bool) -> list[str]:
+    """Return one model's line."""
+    cells = [
+        result.model + (" (reference)" if result.is_reference else ""),
+        f"{result.bits_per_weight:.2f}",
+        console.megabytes(result.n_bytes),
+        f"{result.perplexity:.2f}",
+    ]
+    if compared:
+        cells += [f"{result.ratio:.3f}x", console.percent(result.agreement or 0.0), f"{result.kl:.4f}"]
+    return cells
+
+
+def check_report(path: Path, suffix: str) -> None:
+    """Refuse a report's path that could destroy something else, or whose folder is missing.
+
+    Raises:
+        OptionError: see above.
+    """
+    if path.suffix != suffix or path.is_dir():
+        raise OptionError(f"output {str(path)!r}", needed=f"a file name ending in {suffix}")
+    if not path.parent.is_dir():
+        raise OptionError(f"output {str(path)!r}: no such directory", fix="make it first")
