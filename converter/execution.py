@@ -41,8 +41,8 @@ class Outcome:
 class Job:
     """A plan, and the file it is written to."""
 
-    def __init__(self, plan: Plan, options: ConvertOptions, device: torch.device, writer: SalrWriter) -> None:
-        self._plan, self._options, self._device, self._writer = plan, options, device, writer
+    def __init__(self, plan: Plan, device: torch.device, writer: SalrWriter) -> None:
+        self._plan, self._options, self._device, self._writer = plan, plan.options, device, writer
 
     def run(self, pool: ThreadPoolExecutor, progress: Progress) -> Outcome:
         """Pack and write every module.

@@ -40,15 +40,13 @@ def convert(
     """
     options = options or ConvertOptions()
     check_output(Path(out), force=options.force)
-    return convert_plan(plan_conversion(source, options), out, options, progress=progress)
+    return convert_plan(plan_conversion(source, options), out, progress=progress)
 
 
-def convert_plan(
-    plan: Plan, out: str | Path, options: ConvertOptions, *, progress: Progress | None = None
-) -> ConvertReport:
+def convert_plan(plan: Plan, out: str | Path, *, progress: Progress | None = None) -> ConvertReport:
     """Carry out a plan and report on the finished file."""
     started = time.perf_counter()
-    outcome = write_plan(plan, out, options, progress or (lambda done, total: None))
+    outcome = write_plan(plan, out, progress or (lambda done, total: None))
     file = SalrFile(out)
     return ConvertReport(
         path=str(out),
@@ -97,15 +95,15 @@ def open_source(source: Path, options: ConvertOptions) -> tuple[Checkpoint, list
     return Checkpoint(base), [Adapter(directory, name) for name, directory in named]
 
 
-def write_plan(plan: Plan, out: str | Path, options: ConvertOptions, progress: Progress) -> Outcome:
+def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
     """Carry out a plan; nothing of the final name exists until all of it is done."""
-    device = resolve_device(options.device)
+    options, device = plan.options, resolve_device(plan.options.device)
     with (
         SalrWriter(out, plan.specs(), force=options.force, fresh=options.fresh) as writer,
         one_thread_each(worker_count(options, device)) as pool,
     ):
         hashes = {path: pool.submit(sha256, path) for path in _source_paths(plan)}
-        outcome = Job(plan, options, device, writer).run(pool, progress)
+        outcome = Job(plan, device, writer).run(pool, progress)
         for tensor in plan.kept:
             writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
         for name, path in plan.assets():

@@ -54,8 +54,9 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions of a conversion."""
+    """All decisions of a conversion, and the options they follow from."""
 
+    options: ConvertOptions
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
     class_name: str | None
@@ -97,6 +98,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     ledger += [LedgerLine(c.tensor.name, "kept", c.reason, c.tensor.file) for c in kept]
     ledger += [line for module in modules for pair in module.trained for line in _adapter_lines(pair)]
     plan = Plan(
+        options,
         checkpoint,
         tuple(adapters),
         architecture.class_name,

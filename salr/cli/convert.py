@@ -58,6 +58,10 @@ def convert(
     base: Annotated[Path | None, typer.Option(help="The base model of a LoRA directory.")] = None,
     include: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to pack besides.")] = [],  # noqa: B006
     exclude: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to keep dense.")] = [],  # noqa: B006
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Mean bits per packed weight, adapters counted; chooses sparsity and rank of each module."),
+    ] = None,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="'PAT k=v,...'", help="Override options per module; repeatable.")
     ] = [],  # noqa: B006
@@ -88,6 +92,7 @@ def convert(
         overrides=(*(read_recipe(recipe) if recipe else ()), *(parse_override(text) for text in settings)),
         adapters=parse_adapters(adapter),
         base=base,
+        target_bits=target_bits,
         device=device,
         workers=workers,
         force=force,
@@ -101,7 +106,7 @@ def convert(
     silent = quiet or as_json
     show_source(plan, options, out, silent)
     with console.progress_bar("convert", quiet=silent) as progress:
-        report = convert_plan(plan, out, options, progress=progress)
+        report = convert_plan(plan, out, progress=progress)
     if as_json:
         return console.say_json(asdict(report))
     if verbose:

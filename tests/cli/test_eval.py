@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+
 from salr.evaluation.results import read_results
 
 

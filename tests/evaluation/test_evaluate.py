@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
-from salr.evaluation.errors import EvaluationError
-from salr.evaluation.models import ModelSource, load_model
-from salr.evaluation.protocol import EvalOptions, plan_windows
 from salr.formats.errors import OptionError
 
 import salr
+from salr.evaluation.errors import EvaluationError
+from salr.evaluation.models import ModelSource, load_model
+from salr.evaluation.protocol import EvalOptions, plan_windows
 
 OPTIONS = EvalOptions(window=32)
 
@@ -129,7 +129,7 @@ def test_nothing_stays_on_disk_and_progress_ends_with_every_window(reader, text,
 
 def test_a_disk_too_small_for_the_reference_is_told_before_the_run(reader, text, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(EvaluationError, match=r"0.0 GB of disk space free, needed .* --max-windows"):
+    with pytest.raises(EvaluationError, match=r"0.0 GB of disk space free, needed .*--max-windows"):
         salr.evaluate(reader, text, reader, OPTIONS)
 
 

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.evaluation.errors import EvaluationError
-from salr.evaluation.models import load_model, open_model
 from salr.formats.errors import SalrError
 
 import salr
+from salr.evaluation.errors import EvaluationError
+from salr.evaluation.models import load_model, open_model
 
 IDS = torch.arange(1, 21).reshape(2, 10)
 
