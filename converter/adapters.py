@@ -13,11 +13,12 @@ from typing import Any
 
 from ..formats.errors import AdapterError
 from ..formats.manifest import RESIDUAL, is_adapter_name
-from .sources import SourceTensor, open_weight_file, read_json, weight_files
+from .sources import SourceTensor, open_weights, read_json
 
 CONFIG_NAME = "adapter_config.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 _FLOATS = ("BF16", "F16", "F32")
+_LARGEST_ALPHA = 1e30
 
 #: settings that change the result in a way which this version has no exact form for
 _REFUSED = {
@@ -66,7 +67,7 @@ class Adapter:
             )
         self.config = read_json(self.directory / CONFIG_NAME, "a PEFT adapter directory has one")
         self._check_config()
-        self._files = [open_weight_file(path) for path in weight_files(self.directory, "adapter_model")]
+        self._files = open_weights(self.directory, "adapter_model")
         self.keys = {key: tensor for file in self._files for key, tensor in file.tensors().items()}
         self.pairs = self._read_pairs()
 
@@ -130,8 +131,7 @@ class Adapter:
             raise AdapterError(
                 f"{missing} is missing", path=self.directory, tensor=module, fix="save the adapter again"
             )
-        rank = int(_resolve(self.config, "rank_pattern", "r", module))
-        alpha = float(_resolve(self.config, "alpha_pattern", "lora_alpha", module))
+        rank, alpha = self._rank(module), self._alpha(module)
         lora_a, lora_b = factors["A"], factors["B"]
         if lora_a.shape[0] != rank or lora_b.shape[1] != rank:
             raise AdapterError(
@@ -141,20 +141,47 @@ class Adapter:
                 needed=f"rank {rank}, which {CONFIG_NAME} gives",
                 fix="config and weights belong to different adapters",
             )
+        if lora_a.dtype != lora_b.dtype:
+            raise AdapterError(
+                f"lora_A {lora_a.dtype}, lora_B {lora_b.dtype}",
+                path=self.directory,
+                tensor=module,
+                needed="one dtype for both",
+                fix="save the adapter again",
+            )
         scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return LoraPair(lora_a, lora_b, rank, alpha, scaling)
+
+    def _rank(self, module: str) -> int:
+        rank = self._resolve("rank_pattern", "r", module)
+        if type(rank) is not int or rank < 1:
+            raise self._senseless("r", rank, "a positive integer")
+        return rank
+
+    def _alpha(self, module: str) -> float:
+        alpha = self._resolve("alpha_pattern", "lora_alpha", module)
+        if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST_ALPHA:
+            raise self._senseless("lora_alpha", alpha, "a finite number")
+        return float(alpha)
+
+    def _resolve(self, pattern_key: str, default_key: str, module: str) -> Any:
+        """Return a module's setting as PEFT resolves it: the first pattern that ends its name, or the default."""
+        patterns = self.config.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            raise self._senseless(pattern_key, patterns, "an object")
+        for pattern, value in patterns.items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise self._senseless(pattern_key, pattern, "regular expressions") from error
+        return self.config.get(default_key)
+
+    def _senseless(self, key: str, value: object, needed: str) -> AdapterError:
+        found = f"{key} is {value!r:.80}" if key in self.config else f"{key} is missing"
+        return AdapterError(found, path=self.directory / CONFIG_NAME, needed=needed, fix="save the adapter again")
 
 
 def is_adapter_directory(path: Path) -> bool:
     """Tell whether ``path`` holds a PEFT adapter and not a whole model."""
     return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
-
-
-def _resolve(config: dict[str, Any], pattern_key: str, default_key: str, module: str) -> Any:
-    """Return a module's setting as PEFT resolves it: the first pattern that ends the module's name, or the default."""
-    for pattern, value in (config.get(pattern_key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    if default_key not in config:
-        raise AdapterError(f"{default_key} is missing from {CONFIG_NAME}", fix="save the adapter again")
-    return config[default_key]

@@ -96,7 +96,7 @@ class BlockModel:
     def _recording(self) -> Iterator[None]:
         """Let each block pass its input through and note its other arguments; stop after the last."""
         for number, block in enumerate(self.blocks):
-            block.forward = self._recorder(number == len(self.blocks) - 1)  # type: ignore[method-assign]
+            block.forward = self._recorder(number == len(self.blocks) - 1)
         try:
             with torch.no_grad():
                 yield

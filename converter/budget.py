@@ -16,8 +16,7 @@ import torch
 
 from ..formats.bitmap import bitmap_width
 from ..formats.dtypes import DTYPE_BITS
-from ..formats.errors import OptionError
-from ..formats.manifest import ModuleEntry
+from ..formats.errors import CalibrationError, OptionError
 from .options import ConvertOptions
 from .plan import Plan, PlannedModule
 from .prune import Groups, keep_in_groups
@@ -154,10 +153,16 @@ def _with_gram(
     plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor
 ) -> Iterator[Sequence[tuple[PlannedModule, torch.Tensor | None]]]:
     seen: set[str] = set()
+    run = None
     if options.data is not None:
-        for batch in open_block_run(plan, options, device, pool).gram_matrices():
-            seen.update(module.name for module, _ in batch)
-            yield batch
+        try:
+            run = open_block_run(plan, options, device, pool)
+        except CalibrationError:
+            if options.calibration is not None:
+                raise
+    for batch in run.gram_matrices() if run is not None else ():
+        seen.update(module.name for module, _ in batch)
+        yield batch
     yield [(module, None) for module in plan.modules if module.name not in seen and len(module.entry.shape) == 2]
 
 
@@ -176,7 +181,7 @@ def _candidates(module: PlannedModule, gram: torch.Tensor | None, plan: Plan, de
         for rank in RANKS:
             if rank <= min(weight.shape) and (sparsity or not rank):
                 error = float(spectrum[rank:].sum()) / energy
-                found.append(Candidate(sparsity, rank, _n_bits(entry, sparsity, rank), error))
+                found.append(Candidate(sparsity, rank, _n_bits(module, sparsity, rank), error))
     return found
 
 
@@ -190,13 +195,16 @@ def _error_spectrum(weight: torch.Tensor, gram: torch.Tensor, sparsity: float) -
     else:
         factor = torch.linalg.cholesky(gram)
         product = (scaled := error @ factor).T @ scaled
-    return torch.linalg.eigvalsh(product.double()).clamp_min(0).flip(0)
+    values: torch.Tensor = torch.linalg.eigvalsh(product.double())
+    return values.clamp_min(0).flip(0)
 
 
-def _n_bits(entry: ModuleEntry, sparsity: float, rank: int) -> float:
+def _n_bits(module: PlannedModule, sparsity: float, rank: int) -> float:
     """Return the size of a module stored so, adapters counted: values, bitmap, row offsets and factors."""
+    entry = module.entry
     width = DTYPE_BITS[entry.dtype]
-    factors = width * rank * (entry.n_rows + entry.n_columns)
+    factor_bits = width * rank + sum(DTYPE_BITS[t.pair.lora_A.dtype] * t.pair.rank for t in module.trained)
+    factors = factor_bits * (entry.n_rows + entry.n_columns)
     if not sparsity:
         return width * entry.n_weights + factors
     kept = entry.n_weights - int(sparsity * entry.n_weights)

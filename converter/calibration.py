@@ -52,11 +52,19 @@ def _synthetic_tokens(checkpoint: Checkpoint, samples: int, length: int, generat
         )
     path = checkpoint.directory / "tokenizer.json"
     tokenizer = read_json(path, "it orders the vocabulary") if path.is_file() else {}
-    ordered = (tokenizer.get("model") or {}).get("type") != "WordPiece"
+    model = tokenizer.get("model")
+    ordered = not (isinstance(model, dict) and model.get("type") == "WordPiece")
     weights = 1 / (torch.arange(size, dtype=torch.float64) + 30) if ordered else torch.ones(size, dtype=torch.float64)
-    special = [token["id"] for token in tokenizer.get("added_tokens") or [] if token.get("special")]
-    weights[[index for index in special if index < size]] = 0
+    weights[_special_ids(tokenizer, size)] = 0
     return torch.multinomial(weights, samples * length, replacement=True, generator=generator).view(samples, length)
+
+
+def _special_ids(tokenizer: dict[str, Any], size: int) -> list[int]:
+    """Return the ids below ``size`` that a tokenizer.json calls special; what has another form is skipped."""
+    added = tokenizer.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids = [token.get("id") for token in tokens if token.get("special")]
+    return [index for index in ids if type(index) is int and 0 <= index < size]
 
 
 def _tokenize(path: Path, checkpoint: Checkpoint) -> torch.Tensor:

@@ -147,7 +147,8 @@ def resolve_device(name: str) -> torch.device:
         raise OptionError(f"device {name!r}", needed="cpu or cuda[:i]")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # torch loads its linear algebra at the first call, which must not come from two threads at once.
+        torch.linalg.cholesky(torch.eye(2, device=device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {name!r} cannot be used ({reason})", fix="give --device cpu") from error

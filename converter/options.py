@@ -77,7 +77,7 @@ class ModuleOptions:
 
     def n_removed(self, n_elements: int) -> int:
         """Return floor(sparsity * n) in decimal arithmetic, so that 0.7 of 10 is 7."""
-        return math.floor(Decimal(repr(self.sparsity)) * n_elements)
+        return math.floor(Decimal(repr(float(self.sparsity))) * n_elements)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class CalibrationOptions:
     samples: int = 64
     length: int = 1024
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("samples", self.samples, 1), ("length", self.length, 1), ("seed", self.seed, 0)):
+            if type(value) is not int or value < least:
+                raise OptionError(f"--calibration: {name} {value!r}", needed=f"an integer, {least} or more")
 
     def recorded(self) -> dict[str, Any]:
         """Return what the manifest keeps: no path, but the text's digest."""
@@ -154,6 +159,8 @@ class ConvertOptions:
             raise OptionError("scope 'global'", needed="--method magnitude and an unstructured pattern")
         if self.pattern == "2:4" and any(s != 0.5 for s in (self.module.sparsity, *self._override_sparsities())):
             raise OptionError("pattern 2:4 with another sparsity", needed="--sparsity 0.5", fix="drop --sparsity")
+        if self.target_bits is not None and not _is_positive(self.target_bits):
+            raise OptionError(f"--target-bits {self.target_bits!r}", needed="a positive number")
         if self.target_bits is not None and (self.chosen_scope == "global" or self.pattern != "unstructured"):
             raise OptionError("--target-bits", needed="an unstructured pattern and scope layer or row")
         if self.rounds < 1:
@@ -239,6 +246,10 @@ class ConvertOptions:
         )
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionError(f"{name} {value!r}", needed="one of " + ", ".join(choices))
@@ -287,7 +298,7 @@ def read_recipe(path: Path) -> tuple[tuple[str, dict[str, Any]], ...]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"cannot be read ({error.strerror})", path=path) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"is not TOML ({error})", path=path) from error
     for pattern, settings in tables.items():
         if not isinstance(settings, dict):

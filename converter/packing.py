@@ -78,9 +78,7 @@ def pack_module(
     Raises:
         SourceError: a weight is NaN or infinite.
     """
-    method = options.chosen_method
-    if METHODS[method].needs_data and calibrated is None:
-        method = _FALLBACK
+    method = used_method(options.chosen_method, calibrated is not None)
     matrices = [
         _pack_matrix(planned, source.to(device), checkpoint, options, method, calibrated)
         for source in _sources(planned.entry, checkpoint)
@@ -93,10 +91,20 @@ def pack_module(
         ):
             raw = np.frombuffer(trained.adapter.raw(factor.name), storage_dtype(factor.dtype))
             tensors[name] = raw.reshape(factor.shape)
-    is_changed = planned.entry.pattern != "dense" and (planned.residual_rank or METHODS[method].values_from == "refit")
-    values_from = METHODS[method].values_from if is_changed else "source"
-    entry = replace(planned.entry, error=_error(planned, matrices), values_from=values_from)
+    entry = replace(planned.entry, error=_error(planned, matrices), values_from=values_from(planned, method))
     return PackedModule(entry, tensors, matrices)
+
+
+def used_method(method: str, has_data: bool) -> str:
+    """Return the method that packs a module for which ``method`` was asked, with or without statistics of its own."""
+    return _FALLBACK if METHODS[method].needs_data and not has_data else method
+
+
+def values_from(planned: PlannedModule, method: str) -> str:
+    """Return where the kept values of a module come from when ``method`` packs it."""
+    kind = METHODS[method].values_from
+    is_changed = planned.entry.pattern != "dense" and (planned.residual_rank or kind == "refit")
+    return kind if is_changed else "source"
 
 
 def _sources(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
@@ -200,8 +208,13 @@ def _error(planned: PlannedModule, matrices: list[PackedMatrix]) -> ErrorEntry:
     unit = energy or 1.0
     mask = sum(matrix.mask_energy for matrix in matrices) / unit
     residual = sum(matrix.residual_energy for matrix in matrices) / unit
-    bound = mask * (1 - planned.residual_rank / min(planned.entry.shape[-2:]))
-    return ErrorEntry(energy, mask, residual, bound, matrices[0].output if len(matrices) == 1 else None)
+    output = matrices[0].output if len(matrices) == 1 else None
+    return ErrorEntry(energy, mask, residual, error_bound(planned, mask), output)
+
+
+def error_bound(planned: PlannedModule, mask_error: float) -> float:
+    """Return what a truncated SVD of the residual's rank leaves of ``mask_error`` at most."""
+    return mask_error * (1 - planned.residual_rank / min(planned.entry.shape[-2:]))
 
 
 def squared_norm(matrix: torch.Tensor) -> float:

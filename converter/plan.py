@@ -5,6 +5,7 @@ Invariant: each input tensor and each adapter key stands in the ledger exactly o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..formats import naming
 from ..formats.container import TensorSpec
 from ..formats.dtypes import FLOAT_ENCODINGS
 from ..formats.errors import OptionError, SourceError
-from ..formats.manifest import RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
+from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
 from .adapters import Adapter
 from .architecture import Architecture
 from .options import DEFAULT_RANK, ConvertOptions, ModuleOptions
@@ -23,6 +24,7 @@ from .prune import global_kept_counts
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources import Checkpoint, SourceTensor
 
+_RESERVED = (MANIFEST_NAME, "__metadata__")
 _ENCODINGS = {dtype: encoding for encoding, dtype in FLOAT_ENCODINGS.items()}
 
 
@@ -212,9 +214,26 @@ def _check_complete(plan: Plan) -> None:
             path=plan.checkpoint.directory,
             fix="report this: the plan has lost a tensor",
         )
-    names = [spec.name for spec in plan.specs()]
-    if len(set(names)) != len(names):
-        twice = next(name for name in sorted(names) if names.count(name) > 1)
+    for name, path in plan.assets():
+        if not naming.is_asset_name(name):
+            raise SourceError(
+                "a file of this name cannot be carried along",
+                path=path,
+                needed="no ':', no backslash, and Unicode only",
+                fix="rename it, or take it out of the directory",
+            )
+    _check_names(plan)
+
+
+def _check_names(plan: Plan) -> None:
+    """Refuse source tensors whose names mean something else in the file."""
+    names = Counter([spec.name for spec in plan.specs()])
+    taken = sorted(name for name, count in names.items() if count > 1 or name in _RESERVED)
+    taken += [tensor.name for tensor in plan.kept if tensor.name.startswith(naming.ASSET_PREFIX)]
+    if taken:
         raise SourceError(
-            "collides with a name of the format", path=plan.checkpoint.directory, tensor=twice, fix="rename the tensor"
+            "collides with a name of the format",
+            path=plan.checkpoint.directory,
+            tensor=taken[0],
+            fix="rename the tensor",
         )

@@ -52,12 +52,12 @@ class SizeReport:
     @property
     def bits_per_weight(self) -> float:
         """Bits per packed weight, adapters counted."""
-        return 8 * self.packed_bytes / self.packed_weights
+        return 8 * self.packed_bytes / (self.packed_weights or 1)
 
     @property
     def bits_without_adapters(self) -> float:
         """Bits per packed weight without any adapter."""
-        return 8 * self.packed_bytes_without_adapters / self.packed_weights
+        return 8 * self.packed_bytes_without_adapters / (self.packed_weights or 1)
 
 
 @dataclass(frozen=True)

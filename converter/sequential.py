@@ -175,7 +175,9 @@ class _BlockPacker:
                 "its inputs are not finite on the calibration text", path=checkpoint.directory, tensor=module.name
             )
         adapted = _oriented(module, source.weight(module.entry.source_tensor))
-        target = adapted - _delta(module, self._device)
+        # Read again: (W + B A) - B A is not W to the last bit.
+        source_weight = checkpoint.read(module.entry.source_tensor).to(self._device, torch.float32)
+        target = _oriented(module, source_weight)
         if statistics.cross is not None:
             damped = gram.clone()
             damped.diagonal().add_(DAMPING * float(gram.diagonal().double().mean()) or 1.0)

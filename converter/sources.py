@@ -95,7 +95,7 @@ class TorchFile(WeightFile):
                 path=path,
                 fix="save the checkpoint as safetensors",
             ) from error
-        self._tensors: dict[str, torch.Tensor] = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+        self._tensors: dict[str, torch.Tensor] = _table_of_tensors(loaded, path)
 
     def tensors(self) -> dict[str, SourceTensor]:  # noqa: D102 - as in the base class
         for name, tensor in self._tensors.items():
@@ -111,6 +111,18 @@ class TorchFile(WeightFile):
         return flat.numpy().data
 
 
+def _table_of_tensors(loaded: object, path: Path) -> dict[str, torch.Tensor]:
+    """Refuse what torch loaded from ``path`` unless it is a table of plain tensors by name."""
+    fix = "save the model's state_dict, or save it as safetensors"
+    if not isinstance(loaded, dict):
+        raise SourceError(f"holds a {type(loaded).__name__}", path=path, needed="a table of tensors", fix=fix)
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            found = f"is a {type(value).__name__}" if isinstance(name, str) else "has no name"
+            raise SourceError(found, path=path, tensor=str(name), needed="a dense tensor by name", fix=fix)
+    return loaded
+
+
 class Checkpoint:
     """A Hugging Face model directory.
 
@@ -123,8 +135,7 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise SourceError("no such directory", path=self.directory, needed="a Hugging Face model directory")
         self.config: dict[str, Any] = read_json(self.directory / "config.json", "every model directory has one")
-        paths = weight_files(self.directory, "model", "pytorch_model")
-        self._files = {path.name: open_weight_file(path) for path in paths}
+        self._files = {file.path.name: file for file in open_weights(self.directory, "model", "pytorch_model")}
         self.tensors = self._collect_tensors()
 
     def _collect_tensors(self) -> dict[str, SourceTensor]:
@@ -141,8 +152,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str | None:
         """The class that config.json names, if any."""
-        names = self.config.get("architectures") or [None]
-        return names[0] if isinstance(names[0], str) else None
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
     def raw(self, name: str) -> memoryview:
         """Return a tensor's bytes, memory-mapped."""
@@ -188,32 +199,32 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"cannot be read ({error.strerror})", path=path, fix=why) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"is not JSON ({error})", path=path, fix="save it again") from error
     if not isinstance(value, dict):
         raise SourceError(f"holds a {type(value).__name__}", path=path, needed="a JSON object")
     return value
 
 
-def weight_files(directory: Path, *stems: str) -> list[Path]:
-    """Return the weight files of a directory: safetensors first, then .bin, one file or what an index lists.
+def open_weights(directory: Path, *stems: str) -> list[WeightFile]:
+    """Open the weight files of a directory: safetensors first, then .bin, one file or what an index lists.
 
     Raises:
-        SourceError: there are none, or the index names a file that is missing.
+        SourceError: there are none, one cannot be read, or the index names a file or a tensor that is missing.
     """
     for suffix in (".safetensors", ".bin"):
         for stem in stems:
             single = directory / f"{stem}{suffix}"
             index = directory / f"{stem}{suffix}.index.json"
             if single.is_file():
-                return [single]
+                return [_open_weight_file(single)]
             if index.is_file():
-                return _indexed_files(index)
+                return _open_indexed(index)
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise SourceError("there are no weights here", path=directory, needed=f"{wanted}, shards with an index, or .bin")
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _open_indexed(index: Path) -> list[WeightFile]:
     weight_map = read_json(index, "the index lists the shards").get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise SourceError("has no weight_map", path=index, fix="save the checkpoint again")
@@ -221,10 +232,20 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise SourceError(f"names shard {name!r}, which is not there", path=index, fix="download the missing shard")
-    return [index.parent / name for name in names]
+    files = {name: _open_weight_file(index.parent / name) for name in names}
+    held = {name: set(file.tensors()) for name, file in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in held[str(name)]:
+            raise SourceError(
+                f"the index lists it in {name}, which lacks it",
+                path=index,
+                tensor=tensor,
+                fix="download or save the checkpoint again",
+            )
+    return list(files.values())
 
 
-def open_weight_file(path: Path) -> WeightFile:
+def _open_weight_file(path: Path) -> WeightFile:
     """Open a .safetensors or .bin file."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 

@@ -19,7 +19,8 @@ def orthonormalise(matrix: torch.Tensor) -> torch.Tensor:
     gram = columns.T @ columns
     gram.diagonal().add_(1e-12)
     factor = torch.linalg.cholesky_ex(gram).L
-    return torch.linalg.solve_triangular(factor, columns.T, upper=False).T.float().contiguous()
+    basis: torch.Tensor = torch.linalg.solve_triangular(factor, columns.T, upper=False)
+    return basis.T.float().contiguous()
 
 
 def subspace_step(error: torch.Tensor, basis: torch.Tensor, gram: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..formats.container import TensorSpec, plan_layout
 from ..formats.dtypes import FLOAT_ENCODINGS, byte_view, from_float32, to_float32
-from ..formats.errors import OptionError
+from ..formats.errors import FormatError, OptionError, OutputError
 from ..formats.output_directory import output_directory
 from ..formats.output_file import OutputFile
 from ..formats.reader import SalrFile
@@ -46,7 +46,7 @@ def unpack(
     specs = _specs(file, wanted)
     with output_directory(out) as partial:
         for name in file.assets:
-            _write_asset(partial / name, file.asset(name), wanted)
+            _write_asset(partial, name, file, wanted)
         layout = plan_layout(specs, _METADATA)
         modules = {entry.source_tensor: module for module, entry in file.modules.items()}
         with OutputFile(partial / "model.safetensors", layout.last_begin) as output:
@@ -80,12 +80,33 @@ def _tensor_bytes(file: SalrFile, name: str, module: str | None, dtype: str, res
     return byte_view(from_float32(weight, dtype))
 
 
-def _write_asset(path: Path, data: bytes, wanted: str | None) -> None:
-    if path.name == "config.json" and wanted:
+def _write_asset(folder: Path, name: str, file: SalrFile, wanted: str | None) -> None:
+    data = file.asset(name)
+    if name == "config.json" and wanted:
+        data = _config_with_dtype(data, _CONFIG_DTYPES[wanted], file.path)
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(
+            f"writing failed ({error.strerror})",
+            path=path,
+            fix="free disk space, or choose an output with room for the file's names",
+        ) from error
+
+
+def _config_with_dtype(data: bytes, dtype: str, path: Path) -> bytes:
+    """Return a config.json with its dtype replaced.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    try:
         config = json.loads(data)
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = _CONFIG_DTYPES[wanted]
-        data = json.dumps(config, indent=2).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise FormatError("is no JSON object", path=path, tensor="assets/config.json", fix="unpack without --dtype")
+    changed = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    return json.dumps(config | changed, indent=2).encode()

@@ -16,11 +16,11 @@ import torch
 from ..formats import naming
 from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
-from ..formats.manifest import NO_ERROR, RESIDUAL
+from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
 from ..formats.reader import SalrFile
 from .methods.alternating import minus_product
 from .options import ConvertOptions
-from .packing import groups_of, squared_norm, to_numpy
+from .packing import error_bound, groups_of, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion
 from .plan import Plan, PlannedModule
 from .prune import Groups, keep_in_groups
@@ -43,7 +43,7 @@ def compare_with_source(
         OptionError: the file holds an adapter that was not given.
         SalrError: the source cannot be read.
     """
-    plan = plan_conversion(source, ConvertOptions.from_recorded(file.manifest.options, adapters=adapters, base=base))
+    plan = plan_conversion(source, _recorded_options(file, tuple(adapters), base))
     _require_adapters(file, plan)
     same = plan.ledger == file.manifest.ledger
     yield "ledger", None if same else _mismatch(file, "ledger", "the source has other tensors")
@@ -55,6 +55,28 @@ def compare_with_source(
     for name, path in plan.assets():
         same = name in file.assets and file.asset(name) == path.read_bytes()
         yield name, None if same else _mismatch(file, name, "differs from the source's file")
+    for name in sorted(set(file.tensors) - {spec.name for spec in plan.specs()} - {MANIFEST_NAME}):
+        yield name, _mismatch(file, name, "the source has nothing of this name")
+
+
+def _recorded_options(file: SalrFile, adapters: tuple[tuple[str, Path], ...], base: Path | None) -> ConvertOptions:
+    """Return the options that the file records.
+
+    Raises:
+        MismatchError: they are missing or make no sense.
+    """
+    try:
+        options = ConvertOptions.from_recorded(file.manifest.options, adapters=adapters, base=base)
+        patterns = (*options.include, *options.exclude, *(pattern for pattern, _ in options.overrides))
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError("a pattern is no text")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MismatchError(
+            f"the recorded options make no sense ({type(error).__name__}: {error})",
+            path=file.path,
+            fix="convert the source again",
+        ) from error
+    return options
 
 
 def _require_adapters(file: SalrFile, plan: Plan) -> None:
@@ -69,7 +91,7 @@ def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
 
 def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> MismatchError | None:
     name, entry = planned.name, file.modules.get(planned.name)
-    if entry is None or replace(entry, error=NO_ERROR, values_from=planned.entry.values_from) != planned.entry:
+    if entry is None or replace(entry, error=NO_ERROR) != _expected_entry(planned, entry, plan.options):
         return _mismatch(file, name, "the manifest's entry is not what the source and the options give")
     weight = plan.checkpoint.read(entry.source_tensor)
     source = weight.mT if entry.transposed else weight
@@ -77,11 +99,17 @@ def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> Misma
     expected = _expected_values(file, name, source, mask)
     if expected is not None and not np.array_equal(expected, file.module(name).stored()):
         return _mismatch(file, name, f"kept values are not what values_from {entry.values_from!r} gives")
-    if file.manifest.options["method"] == "magnitude" and entry.pattern != "dense":
-        groups = groups_of(entry.pattern, file.manifest.options["scope"])
+    if plan.options.chosen_method == "magnitude" and entry.pattern != "dense":
+        groups = groups_of(entry.pattern, plan.options.chosen_scope)
         if not np.array_equal(mask, _expected_mask(planned, source, groups)):
             return _mismatch(file, name, "the mask differs from the one that the method chooses")
-    return _compare_trained(file, planned) or _compare_errors(file, name, source.float(), mask)
+    return _compare_trained(file, planned) or _compare_errors(file, planned, source.float(), mask)
+
+
+def _expected_entry(planned: PlannedModule, entry: ModuleEntry, options: ConvertOptions) -> ModuleEntry:
+    """Return the entry that the recorded options give; an output error tells that the module had statistics."""
+    method = used_method(options.chosen_method, entry.error.output is not None)
+    return replace(planned.entry, values_from=values_from(planned, method))
 
 
 def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | None:
@@ -97,10 +125,10 @@ def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | 
 
 def _expected_values(file: SalrFile, name: str, source: torch.Tensor, mask: BoolArray) -> Array | None:
     """Return the kept values (nnz,) that follow from the source and the stored factors; None for refitted ones."""
-    values_from = file.modules[name].values_from
-    if values_from == "source":
+    kind = file.modules[name].values_from
+    if kind == "source":
         return to_numpy(source)[mask]
-    if values_from == "refit":
+    if kind == "refit":
         return None
     pair = next(pair for pair in file.pairs(name) if pair.name == RESIDUAL)
     lora_b, lora_a = (torch.from_numpy(to_float32(factor, pair.dtype)) for factor in (pair.lora_B, pair.lora_A))
@@ -119,12 +147,15 @@ def _expected_mask(planned: PlannedModule, source: torch.Tensor, groups: Groups)
     return np.stack(masks).reshape(planned.entry.shape)
 
 
-def _compare_errors(file: SalrFile, name: str, weight: torch.Tensor, mask: BoolArray) -> MismatchError | None:
-    stored = file.modules[name].error
+def _compare_errors(
+    file: SalrFile, planned: PlannedModule, weight: torch.Tensor, mask: BoolArray
+) -> MismatchError | None:
+    name, stored = planned.name, file.modules[planned.name].error
     energy = squared_norm(weight)
     masked = squared_norm(weight.masked_fill(torch.from_numpy(mask), 0)) / (energy or 1.0)
     remaining = squared_norm(weight - torch.from_numpy(file.dense(name))) / (energy or 1.0)
-    for key, found in (("energy", energy), ("mask", masked), ("residual", remaining)):
+    bound = error_bound(planned, masked)
+    for key, found in (("energy", energy), ("mask", masked), ("residual", remaining), ("bound", bound)):
         claimed = getattr(stored, key)
         if abs(found - claimed) > _RELATIVE * abs(claimed) + _SMALLEST_SHARE:
             return _mismatch(file, name, f"its {key} error is {found:.6g}, the manifest says {claimed:.6g}")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from .dtypes import FLOAT_ENCODINGS
 from .errors import FormatError, VersionError
 from .values import ENCODINGS, QUANTIZED_BITS
 
@@ -23,6 +24,7 @@ PATTERNS = ("unstructured", "2:4", "dense")
 VALUES_FROM = ("source", "source_minus_residual", "refit")
 KNOWN_FEATURES: frozenset[str] = frozenset()
 FATES = ("packed", "kept", "folded", "dropped")
+_TOO_LARGE = 2**63
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _Value = TypeVar("_Value")
@@ -117,7 +119,11 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return canonical JSON: sorted keys, no spaces, shortest round-trip floats, UTF-8."""
-        return canonical_json({key: value for key, value in asdict(self).items()})
+        value = asdict(self)
+        for entry in value["modules"].values():
+            if entry["error"]["output"] is None:
+                del entry["error"]["output"]
+        return canonical_json(value)
 
 
 def canonical_json(value: object) -> bytes:
@@ -148,7 +154,8 @@ class _Fields:
     def get(self, key: str, kind: type[_Value]) -> _Value:
         value = self.value.get(key)
         if kind is float and type(value) is int:
-            value = float(value)
+            # an integer beyond the floats counts as infinite, and is refused below
+            value = float(value) if abs(value) < 10**308 else math.inf
         if type(value) is not kind:
             raise self.error(key, repr(value), kind.__name__)
         if isinstance(value, float) and not math.isfinite(value):
@@ -160,8 +167,8 @@ class _Fields:
 
     def count(self, key: str, least: int = 0) -> int:
         value = self.get(key, int)
-        if value < least:
-            raise self.error(key, str(value), f"at least {least}")
+        if not least <= value < _TOO_LARGE:
+            raise self.error(key, str(value), f"at least {least} and less than 2**63")
         return value
 
     def choice(self, key: str, choices: tuple[str, ...]) -> str:
@@ -172,8 +179,8 @@ class _Fields:
 
     def shape(self, key: str) -> tuple[int, ...]:
         value = self.get(key, list)
-        if not value or not all(type(extent) is int and extent > 0 for extent in value):
-            raise self.error(key, repr(value), "a list of positive integers")
+        if not value or not all(type(extent) is int and 0 < extent < _TOO_LARGE for extent in value):
+            raise self.error(key, repr(value), "a list of positive integers less than 2**63")
         return tuple(value)
 
 
@@ -194,6 +201,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     if unknown:
         raise VersionError(f"the file requires feature {', '.join(unknown)}", path=path, fix="upgrade salr")
     modules = {name: _parse_module(entry, name, path) for name, entry in top.get("modules", dict).items()}
+    _check_source_tensors(modules, top)
     return Manifest(
         generator=top.get("generator", str),
         modules=modules,
@@ -206,41 +214,76 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     )
 
 
+def _check_source_tensors(modules: Mapping[str, ModuleEntry], top: _Fields) -> None:
+    """Refuse two modules made from one tensor: unpacking would lose one of them."""
+    owners: dict[str, str] = {}
+    for name, entry in modules.items():
+        first = owners.setdefault(entry.source_tensor, name)
+        if first != name:
+            found = f"{entry.source_tensor!r}, as in module {first}"
+            raise top.error(f"modules.{name}.source_tensor", found, "a tensor of its own")
+
+
 def _parse_module(value: object, name: str, path: str) -> ModuleEntry:
     fields = _Fields(value, f"modules.{name}", path)
-    shape = fields.shape("shape")
+    shape, source_shape, transposed = _parse_shapes(fields)
     encoding = fields.choice("encoding", ENCODINGS)
-    group_size = fields.maybe("group_size", int)
-    if len(shape) not in (2, 3):
-        raise fields.error("shape", repr(list(shape)), "[N, K] or [E, N, K]")
-    if (encoding in QUANTIZED_BITS) != (group_size is not None and group_size > 0):
-        raise fields.error("group_size", repr(group_size), "a positive integer exactly when values are int8 or nf4")
     nnz = fields.count("nnz")
     if nnz > math.prod(shape):
         raise fields.error("nnz", str(nnz), f"at most {math.prod(shape)}")
-    adapters = tuple(
-        _parse_adapter(adapter, f"modules.{name}.adapters[{index}]", path)
-        for index, adapter in enumerate(fields.get("adapters", list))
-    )
-    if len({adapter.name for adapter in adapters}) != len(adapters):
-        raise fields.error("adapters", "holding one name twice", "each name once")
     error = _Fields(fields.value.get("error"), f"modules.{name}.error", path)
     return ModuleEntry(
         source_tensor=fields.get("source_tensor", str),
-        source_shape=fields.shape("source_shape"),
-        transposed=fields.get("transposed", bool),
+        source_shape=source_shape,
+        transposed=transposed,
         shape=shape,
-        dtype=fields.get("dtype", str),
+        dtype=fields.choice("dtype", tuple(FLOAT_ENCODINGS.values())),
         nnz=nnz,
         pattern=fields.choice("pattern", PATTERNS),
         encoding=encoding,
         values_from=fields.choice("values_from", VALUES_FROM),
         error=ErrorEntry(
-            *(error.get(key, float) for key in ("energy", "mask", "residual", "bound")), error.maybe("output", float)
+            energy=error.get("energy", float),
+            mask=error.get("mask", float),
+            residual=error.get("residual", float),
+            bound=error.get("bound", float),
+            output=error.maybe("output", float),
         ),
-        adapters=adapters,
-        group_size=group_size,
+        adapters=_parse_adapters(fields),
+        group_size=_parse_group_size(fields, encoding),
     )
+
+
+def _parse_shapes(fields: _Fields) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Return shape, source_shape and transposed, which have to agree."""
+    shape, source_shape, transposed = (
+        fields.shape("shape"),
+        fields.shape("source_shape"),
+        fields.get("transposed", bool),
+    )
+    if len(shape) not in (2, 3):
+        raise fields.error("shape", repr(list(shape)), "[N, K] or [E, N, K]")
+    expected = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+    if source_shape != expected:
+        raise fields.error("source_shape", repr(list(source_shape)), f"{list(expected)}, as shape and transposed say")
+    return shape, source_shape, transposed
+
+
+def _parse_group_size(fields: _Fields, encoding: str) -> int | None:
+    group_size = fields.maybe("group_size", int)
+    if (encoding in QUANTIZED_BITS) != (group_size is not None and 0 < group_size < _TOO_LARGE):
+        raise fields.error("group_size", repr(group_size), "a positive integer exactly when values are int8 or nf4")
+    return group_size
+
+
+def _parse_adapters(fields: _Fields) -> tuple[AdapterEntry, ...]:
+    adapters = tuple(
+        _parse_adapter(adapter, f"{fields.where}.adapters[{index}]", fields.path)
+        for index, adapter in enumerate(fields.get("adapters", list))
+    )
+    if len({adapter.name for adapter in adapters}) != len(adapters):
+        raise fields.error("adapters", "holding one name twice", "each name once")
+    return adapters
 
 
 def _parse_adapter(value: object, where: str, path: str) -> AdapterEntry:

@@ -81,12 +81,13 @@ class ModuleTensors:
 
     def _scale_of_each_weight(self) -> F32Array:
         assert self.scales is not None and self.entry.group_size is not None
-        return np.repeat(self.scales, self.entry.group_size, axis=-1)[..., : self.entry.n_columns]
+        n_columns = self.entry.n_columns
+        return np.repeat(self.scales, min(self.entry.group_size, n_columns), axis=-1)[..., :n_columns]
 
     def part(self, rows: slice, columns: slice) -> ModuleTensors:
         """Return the canonical tensors of a part (rows and columns of each expert), for tensor parallelism.
 
-        Columns of a quantized module must begin at a multiple of its group_size.
+        ``rows`` and ``columns`` must be what ``validation.check_part`` allows.
         """
         mask = self.mask()
         part = mask[..., rows, columns]
@@ -98,7 +99,9 @@ class ModuleTensors:
             codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
             codes = codes[0::2] | (codes[1::2] << np.uint8(4))
         bitmap = None if self.bitmap is None else pack_bitmap(part)
-        entry = replace(self.entry, shape=tuple(int(n) for n in shape), nnz=nnz)
+        cuts_fours = self.entry.pattern == "2:4" and columns.indices(self.entry.n_columns)[0] % 4
+        pattern = "unstructured" if cuts_fours else self.entry.pattern
+        entry = replace(self.entry, shape=tuple(int(n) for n in shape), nnz=nnz, pattern=pattern)
         return ModuleTensors(
             entry,
             pad_values(codes, entry.encoding, nnz),

@@ -84,6 +84,7 @@ def is_asset_name(name: str) -> bool:
         and "\\" not in name
         and "\0" not in name
         and ":" not in name
+        and not any("\ud800" <= character <= "\udfff" for character in name)
         and not PurePosixPath(name).is_absolute()
         and all(part not in ("", ".", "..") for part in parts)
     )

@@ -32,7 +32,14 @@ def output_directory(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot be made ({error.strerror})", path=partial, fix="choose another output") from error
     try:
         yield partial
-        partial.replace(path)
+        _rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _rename(partial: Path, path: Path) -> None:
+    try:
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"finishing failed ({error.strerror})", path=path, fix="choose another output") from error

@@ -17,6 +17,7 @@ from .dtypes import Array, F32Array, to_float32
 from .errors import ChecksumError, FormatError
 from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry, parse_manifest
 from .module import AdapterStack, LowRankPair, ModuleTensors, stack_adapters
+from .values import QUANTIZED_BITS
 
 
 class SalrFile:
@@ -79,7 +80,7 @@ class SalrFile:
         names = [spec.name for spec in naming.module_specs(module, entry)]
         for adapter in entry.adapters:
             names += [naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)]
-            names += [name for name in [naming.rank_scales_name(module, adapter.name)] if name in self.tensors]
+            names += [naming.rank_scales_name(module, adapter.name)] if self._is_int8(module, adapter.name) else []
         return names
 
     def tensor(self, name: str) -> Array:
@@ -108,7 +109,7 @@ class SalrFile:
             self.tensor(naming.values_name(name)),
             self.tensor(naming.bitmap_name(name)) if sparse else None,
             self.tensor(naming.row_offsets_name(name)) if sparse else None,
-            to_float32(self.tensor(scales), self.tensors[scales].dtype) if scales in self.tensors else None,
+            to_float32(self.tensor(scales), self.tensors[scales].dtype) if entry.encoding in QUANTIZED_BITS else None,
         )
         if name not in self._checked:
             validation.check_module(tensors, str(self.path), name)
@@ -121,9 +122,8 @@ class SalrFile:
         for adapter in self._entry(module).adapters:
             name_a, name_b = naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)
             scaling = np.full(adapter.rank, adapter.scaling, np.float32)
-            scales = naming.rank_scales_name(module, adapter.name)
-            if scales in self.tensors:
-                scaling = scaling * self.tensor(scales)
+            if self._is_int8(module, adapter.name):
+                scaling = scaling * self.tensor(naming.rank_scales_name(module, adapter.name))
             dtype = self.tensors[name_a].dtype
             pairs.append(LowRankPair(adapter.name, dtype, self.tensor(name_a), self.tensor(name_b), scaling))
         return pairs
@@ -140,7 +140,12 @@ class SalrFile:
         return weight + self.adapters(module, names).product() if names else weight
 
     def slice(self, module: str, *, rows: slice = slice(None), columns: slice = slice(None)) -> ModuleTensors:
-        """Return the canonical tensors of a part of a module, for tensor parallelism."""
+        """Return the canonical tensors of a part of a module, for tensor parallelism.
+
+        Raises:
+            FormatError: the part is empty, skips rows or columns, or begins inside a group of scales.
+        """
+        validation.check_part(self._entry(module), rows, columns, str(self.path), module)
         return self.module(module).part(rows, columns)
 
     def check_all(self) -> Iterator[tuple[str, FormatError | None]]:
@@ -162,6 +167,10 @@ class SalrFile:
                 yield name, error
             else:
                 yield name, None
+
+    def _is_int8(self, module: str, adapter: str) -> bool:
+        """Tell whether an adapter's factors are int8 and have rank_scales."""
+        return self.tensors[naming.lora_a_name(module, adapter)].dtype == "I8"
 
     def _entry(self, module: str) -> ModuleEntry:
         if module not in self.modules:

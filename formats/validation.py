@@ -72,6 +72,7 @@ def check_manifest(container: Container, manifest: Manifest) -> None:
             )
         for adapter in entry.adapters:
             _check_adapter(container, name, entry, adapter)
+    _check_source_tensors(container, manifest)
     undigested = sorted(set(container.tensors) - set(manifest.checksums) - {MANIFEST_NAME})
     missing = sorted(set(manifest.checksums) - set(container.tensors))
     for names, found in ((undigested, "has no digest in the manifest"), (missing, "is missing from the file")):
@@ -84,13 +85,29 @@ def check_manifest(container: Container, manifest: Manifest) -> None:
             )
 
 
+def _check_source_tensors(container: Container, manifest: Manifest) -> None:
+    """Refuse a module whose source tensor is also kept as it was: unpacking would write one name twice."""
+    packed = {spec.name for name, entry in manifest.modules.items() for spec in naming.module_specs(name, entry)}
+    for name, entry in manifest.modules.items():
+        if entry.source_tensor in container.tensors and entry.source_tensor not in packed:
+            raise FormatError(
+                f"source_tensor {entry.source_tensor!r} is also kept dense",
+                path=container.path,
+                tensor=name,
+                needed="each tensor once",
+                fix="make the file again",
+            )
+
+
 def _check_adapter(container: Container, module: str, entry: ModuleEntry, adapter: AdapterEntry) -> None:
     shape_a, shape_b = naming.adapter_shapes(entry, adapter.rank)
     name_a, name_b = naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)
     dtypes = naming.adapter_dtypes(adapter.name)
     _check_tensor(container, TensorSpec(name_a, "F32", shape_a), dtypes)
     _check_tensor(container, TensorSpec(name_b, "F32", shape_b), dtypes)
-    if "I8" in (container.tensors[name_a].dtype, container.tensors[name_b].dtype):
+    dtype = container.tensors[name_a].dtype
+    _check_tensor(container, TensorSpec(name_b, dtype, shape_b), (dtype,))
+    if dtype == "I8":
         scales = naming.rank_scales_name(module, adapter.name)
         _check_tensor(container, TensorSpec(scales, "F32", (adapter.rank,)), ("F32",))
 
@@ -145,6 +162,27 @@ def check_module(tensors: ModuleTensors, path: str, name: str) -> None:
     used = encoded_bytes(entry.encoding, entry.nnz)
     if np.any(tensors.values.view(np.uint8)[used:]):
         raise FormatError("the padding is not zero", path=path, tensor=naming.values_name(name), fix=REMAKE)
+
+
+def check_part(entry: ModuleEntry, rows: slice, columns: slice, path: str, name: str) -> None:
+    """Refuse a part of a module that is empty, has gaps, or begins inside a group of scales.
+
+    Raises:
+        FormatError: see above.
+    """
+    for part, extent in ((rows, entry.shape[-2]), (columns, entry.n_columns)):
+        start, stop, step = part.indices(extent)
+        if step != 1 or start >= stop:
+            raise FormatError(f"slice {start}:{stop}:{step}", path=path, tensor=name, needed="one run, not empty")
+    start = columns.indices(entry.n_columns)[0]
+    if entry.group_size and start % entry.group_size:
+        raise FormatError(
+            f"a slice from column {start}",
+            path=path,
+            tensor=name,
+            needed=f"a multiple of group_size {entry.group_size}",
+            fix="cut between groups of scales",
+        )
 
 
 def _most_in_four(bitmap: U8Array) -> int:

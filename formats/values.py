@@ -54,7 +54,8 @@ def pad_values(values: Array, encoding: str, nnz: int) -> Array:
 
 def encode_quantized(values: F32Array, scales: F32Array, encoding: str) -> U8Array:
     """Quantize float32 ``values`` (nnz,) with one scale a value to the nearest code; scale 0 gives the code of 0."""
-    unit = np.divide(values, scales, out=np.zeros_like(values), where=scales != 0)
+    with np.errstate(over="ignore"):  # an infinite ratio takes the outermost code, as any that is too large
+        unit = np.divide(values, scales, out=np.zeros_like(values), where=scales != 0)
     if encoding == "int8":
         return np.clip(np.rint(unit), -127, 127).astype(np.int8).view(np.uint8)
     middles = (NF4_CODE_BOOK[1:] + NF4_CODE_BOOK[:-1]) / 2

@@ -263,3 +263,14 @@ def read_tensors() -> Callable[[Path], dict[str, Any]]:
         }
 
     return read
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Callable[..., Any]:
+    """Return a function that makes small calibration options: random tokens, unless a text is given."""
+    from salr.converter.options import CalibrationOptions
+
+    def make(text: str | Path = "synthetic", **settings: int) -> CalibrationOptions:
+        return CalibrationOptions(str(text), **{"samples": 3, "length": 24} | settings)
+
+    return make

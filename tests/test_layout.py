@@ -109,7 +109,13 @@ def test_every_package_of_the_tree_is_packaged_and_no_other():
     with_code = {path.parent for path in MODULES.values()}
     in_tree = {package_name(folder) for folder in with_code}
     assert set(settings["packages"]) == in_tree and len(settings["packages"]) == len(in_tree)
-    assert settings["package-dir"] == {package: folder for folder, package in FOLDERS.items()}
+    folders = settings["package-dir"]
+    assert {package: FOLDERS[folder] for package, folder in folders.items() if folder in FOLDERS} == {
+        package: package for package in FOLDERS.values()
+    }
+    assert {package: package_name(ROOT / folder) for package, folder in folders.items()} == {
+        package: package for package in folders
+    }
 
 
 def package_name(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec
@@ -16,7 +17,10 @@ from ..formats.errors import MismatchError, SalrError
 
 _Arguments = ParamSpec("_Arguments")
 
-out = Console(highlight=False, soft_wrap=True)
+#: columns off a terminal, where nothing is to be cut
+_WIDE = 10_000
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model directories or .salr files.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model directories or .salr files.")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="The text to predict, as one string.")],
     reference: Annotated[
         Path | None, typer.Option(metavar="SRC", help="Compare with this model: agreement, KL.")

@@ -1,42 +1,109 @@
-"""`salr inspect`: what a .salr file holds, how large it is, and how far it is from its source."""
+"""`salr inspect`: what .salr files hold, how large they are, and how far they are from their sources."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..formats.errors import OptionError
 from ..formats.reader import SalrFile
 from . import console
+from .eval import check_report
+from .table import show_table
+
+if TYPE_CHECKING:
+    from ..evaluation.report_data import Headline
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .salr file.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE", help=".salr files; several: side by side.")],
     modules: Annotated[bool, typer.Option("--modules", help="One row a packed module.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page with plots.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", metavar="FILE.json", help="Results of eval --save, for the page.")
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Show sizes, errors and adapters of FILE; --modules adds a table."""
-    file = SalrFile(path)
-    if as_json:
-        return console.say_json(file_as_json(file))
-    source = file.manifest.source
-    console.say(f"{path.name}   {source.get('architecture') or 'no model class'}   made by {file.manifest.generator}")
-    options = file.manifest.options
-    console.say(f"recipe                  {', '.join(f'{k} {v}' for k, v in options.items() if v not in ([], None))}")
-    for line in summary_lines(file):
-        console.say(line)
-    adapters = adapter_lines(file)
-    for line in adapters:
+    """Show sizes, errors and adapters of FILE; several files side by side; --html makes a page to show."""
+    if len(paths) > 1 and (modules or html is not None):
+        raise OptionError(f"{len(paths)} files", needed="one file with --modules or --html")
+    if evaluation is not None and html is None:
+        raise OptionError("--eval without --html", needed="--html PAGE.html beside it")
+    if html is not None:
+        return write_page(paths[0], html, evaluation)
+    if len(paths) > 1:
+        return compare(paths, as_json)
+    file = SalrFile(paths[0])
+    return console.say_json(file_as_json(file)) if as_json else show_file(file, modules)
+
+
+def show_file(file: SalrFile, modules: bool) -> None:
+    """Print what one file holds."""
+    source, options = file.manifest.source, file.manifest.options
+    console.say(
+        f"{file.path.name}   {source.get('architecture') or 'no model class'}   made by {file.manifest.generator}"
+    )
+    recipe = (f"{k} {f'({len(v)} overrides)' if k == 'set' else v}" for k, v in options.items() if v not in ([], None))
+    console.say(f"recipe                  {', '.join(recipe)}")
+    for line in (*summary_lines(file), *adapter_lines(file)):
         console.say(line)
     console.say(f"assets                  {', '.join(file.assets)}")
     if modules:
         show_modules(file)
     else:
         console.say(f"modules                 {len(file.modules)} (--modules lists them)")
-    return None
+
+
+def write_page(path: Path, html: Path, evaluation: Path | None) -> None:
+    """Write the page of one file."""
+    from ..evaluation.report_html import write_report
+    from ..evaluation.results import read_results
+
+    check_report(html, ".html")
+    write_report(SalrFile(path), html, read_results(evaluation) if evaluation is not None else None)
+    console.say(f"wrote {html}")
+
+
+def compare(paths: list[Path], as_json: bool) -> None:
+    """Print the headline numbers of several files side by side."""
+    from ..evaluation.report_data import headline
+
+    found = [headline(SalrFile(path)) for path in paths]
+    if as_json:
+        return console.say_json({"files": [asdict(numbers) for numbers in found]})
+    names = [path.name for path in paths]
+    titles = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    lines = [comparison_lines(numbers) for numbers in found]
+    return show_table(["", *titles], [[name, *(each[name] for each in lines)] for name in lines[0]])
+
+
+def comparison_lines(numbers: Headline) -> dict[str, str]:
+    """Return one column of the comparison: line -> cell."""
+    mb, low, high = console.megabytes, *numbers.ranks
+    return {
+        "architecture": numbers.architecture,
+        "method": numbers.method,
+        "source": mb(numbers.source_bytes),
+        "file": mb(numbers.file_bytes),
+        "ratio": f"{numbers.ratio:.2f}x",
+        "packed weights": f"{console.count(numbers.packed_weights)} in {numbers.n_modules}",
+        "packed bytes": mb(numbers.packed_bytes),
+        "bits/weight": f"{numbers.bits_per_weight:.2f}",
+        "without adapters": f"{numbers.bits_without_adapters:.2f}",
+        "removed": console.percent(numbers.sparsity),
+        "residual rank": str(low) if low == high else f"{low} to {high}",
+        "residual adapters": mb(numbers.residual_bytes),
+        "trained adapters": mb(numbers.adapter_bytes),
+        "kept dense": mb(numbers.kept_bytes),
+        "error, mask": f"{100 * numbers.error_mask:.2f} %",
+        "error, with residual": f"{100 * numbers.error_residual:.2f} %",
+        "bound": f"{100 * numbers.error_bound:.2f} %",
+        "output error, median": "" if numbers.error_output is None else f"{100 * numbers.error_output:.2f} %",
+    }
 
 
 def summary_lines(file: SalrFile) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..formats.errors import FormatError, MismatchError, SalrError
+from ..formats.errors import FormatError, SalrError
 from ..formats.reader import SalrFile
 from . import console
 from .convert import parse_adapters
@@ -26,7 +26,9 @@ def verify(
     try:
         file = SalrFile(path)
     except FormatError as error:
-        raise MismatchError(str(error)) if path.is_file() else error from error
+        if not path.is_file():
+            raise
+        return _report([error], 0, 0, as_json)
     total = len(file.tensors) - 1 + len(file.modules)
     problems, n_checked = _collect(file.check_all(), total, "verify", quiet or as_json)
     n_compared = 0
@@ -36,14 +38,19 @@ def verify(
         findings = compare_with_source(file, against, parse_adapters(adapter), base)
         found, n_compared = _collect(findings, None, "compare", quiet or as_json)
         problems += found
+    if not problems and not as_json:
+        compared = f"; {n_compared} parts equal the source" if against is not None else ""
+        console.say(f"{path}: header, manifest and {n_checked} checks are sound{compared}", quiet=quiet)
+    return _report(problems, n_checked, n_compared, as_json)
+
+
+def _report(problems: list[SalrError], n_checked: int, n_compared: int, as_json: bool) -> None:
+    """Print the problems, or everything as JSON; exit with 3 where there is a problem."""
     if as_json:
         console.say_json({"checked": n_checked, "compared": n_compared, "problems": [str(p) for p in problems]})
     else:
         for problem in problems:
             console.fail(str(problem))
-        if not problems:
-            compared = f"; {n_compared} parts equal the source" if against is not None else ""
-            console.say(f"{path}: header, manifest and {n_checked} checks are sound{compared}", quiet=quiet)
     if problems:
         raise typer.Exit(3)
 

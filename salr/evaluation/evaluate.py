@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,9 +119,7 @@ def _plan(source: ModelSource, text: Text, options: EvalOptions, is_reference: b
 
 
 def _check_causal(source: ModelSource) -> None:
-    model_class, config = source.model_class(), source.config
-    encoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", None) is False
-    if encoder or not model_class.can_generate():
+    if getattr(source.config, "is_encoder_decoder", False) or not source.model_class().can_generate():
         raise EvaluationError(
             f"{source.architecture} has no perplexity: it predicts no next token",
             path=source.path,
@@ -146,24 +144,27 @@ def _run(job: _Job, device: torch.device, comparison: Comparison | None, step: C
     """Load, score and free one model."""
     start = time.perf_counter()
     try:
-        scores = score(job.source.load(device, torch.float32), job.ids, job.windows, device, comparison, step)
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(
-            "does not fit into the device's memory",
-            path=job.source.path,
-            fix="give a smaller --window, or --device cpu",
-        ) from error
-    except EvaluationError as error:
-        raise (
-            error
-            if error.path
-            else EvaluationError(error.found, path=job.source.path, needed=error.needed, fix=error.fix)
-        ) from error
+        with _naming(job.source.path):
+            scores = score(job.source.load(device, torch.float32), job.ids, job.windows, device, comparison, step)
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return _result(job, scores, comparison is not None, time.perf_counter() - start)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in which model something went wrong."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "give a smaller --window, or --device cpu"
+        raise EvaluationError("does not fit into the device's memory", path=path, fix=fix) from error
+    except EvaluationError as error:
+        if error.path is not None:
+            raise
+        raise EvaluationError(error.found, path=path, needed=error.needed, fix=error.fix) from error
 
 
 def _result(job: _Job, scores: Scores, compared: bool, seconds: float) -> EvalResult:

@@ -17,6 +17,8 @@ from .protocol import Window
 from .spool import Spool, rounded
 
 _PIECE_ELEMENTS = 1 << 23
+_PROBE_TOKENS = 8
+_PROBE_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -48,9 +50,11 @@ def score(
     """Return the sums of ``model`` over ``windows`` of the token ids (n,), int64; ``step`` is called a window.
 
     Raises:
-        EvaluationError: the logits are not finite, or their width is not the reference's.
+        EvaluationError: the model sees later tokens, the logits are not numbers, or their width is not the reference's.
     """
     scores = Scores()
+    with torch.inference_mode():
+        _check_causal(model, ids[:_PROBE_TOKENS].to(device))
     with torch.inference_mode(), _arithmetic(device):
         for window in windows:
             tokens = ids[window.start : window.stop].to(device)
@@ -58,6 +62,21 @@ def score(
             _score_window(scores, logits[window.first : -1], tokens[window.first + 1 :], comparison)
             step()
     return scores
+
+
+def _check_causal(model: Any, tokens: torch.Tensor) -> None:
+    """Refuse a model whose logits change with a later token (BERT's language-model head, say): class names do not tell.
+
+    ``tokens`` (n,) are a few of the text's. In float32, where a causal model's earlier logits change by rounding only.
+    """
+    changed = tokens.clone()
+    changed[-1] = tokens[0] if tokens[-1] != tokens[0] else (tokens[0] + 1) % model.config.get_text_config().vocab_size
+    one, other = (model(input_ids=each[None], use_cache=False).logits[0, :-1].float() for each in (tokens, changed))
+    if (one - other).abs().max() > _PROBE_TOLERANCE * one.abs().max():
+        raise EvaluationError(
+            f"{type(model).__name__} has no perplexity: its logits depend on later tokens",
+            needed="a causal language model",
+        )
 
 
 def _arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -233,6 +233,11 @@ def test_a_config_with_senseless_values_gives_a_clear_error(llama32, broken, tmp
     refused(llama32, broken, tmp_path, kind=SalrError)
 
 
+def test_factors_in_two_dtypes_are_refused(llama32, broken, tmp_path):
+    edit_weights(broken, lambda tensors: tensors.update({KEY: tensors[KEY].half()}))
+    refused(llama32, broken, tmp_path, f"tensor '{Q}': lora_A F16, lora_B F32, needed one dtype for both")
+
+
 def test_rank_zero_is_refused(llama32, broken, tmp_path):
     edit_config(broken, r=0)
 

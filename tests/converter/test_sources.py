@@ -213,6 +213,7 @@ def test_a_weight_of_8_bit_floats_is_refused_with_a_way_out(source, tmp_path):
         "model.layers.0.mlp.up_proj.lora_A.residual",
         "salr.manifest",
         "assets/config.json",
+        "assets/new.txt",
     ],
 )
 def test_a_tensor_whose_name_the_format_uses_is_refused_before_anything_is_written(source, tmp_path, name):
@@ -248,6 +249,21 @@ def test_a_truncated_bin_file_is_named(source, tmp_path):
     data = (source / "pytorch_model.bin").read_bytes()
     (source / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
     refused(source, tmp_path, "pytorch_model.bin: torch cannot load it safely")
+
+
+def test_a_bin_tensor_named_as_the_headers_metadata_is_refused(source, tmp_path):
+    to_bin(source, __metadata__=torch.zeros(3))
+    refused(source, tmp_path, "tensor '__metadata__': collides with a name of the format")
+
+
+@pytest.mark.parametrize(
+    "extra", [{"step": 7}, {"nested": {}}, {3: torch.zeros(1)}, {"s": torch.zeros(2, 2).to_sparse()}]
+)
+def test_what_is_no_dense_tensor_in_a_bin_file_is_named(source, tmp_path, extra):
+    tensors = load_file(source / "model.safetensors") | extra
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    refused(source, tmp_path, f"pytorch_model.bin: tensor '{next(iter(extra))}'", "needed a dense tensor by name")
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {"a": torch.zeros(1)}}, {}])

@@ -216,3 +216,30 @@ def test_what_is_found_is_a_mismatch_that_names_file_and_tensor(edited, llama):
     path = write()
     (problem,) = [problem for _, problem in compare_with_source(salr.open(path), llama) if problem]
     assert type(problem) is MismatchError and str(problem).startswith(f"{path}: tensor 'model.norm.weight': ")
+
+
+@pytest.mark.parametrize("kind", ["source", "refit"])
+def test_another_origin_of_alternatings_values_is_found(llama, open_draft, tmp_path, kind):
+    options = salr.ConvertOptions(salr.ModuleOptions(0.5, 4), method="alternating", rounds=2)
+    salr.convert(llama, tmp_path / "m.salr", options)
+    draft = open_draft(tmp_path / "m.salr")
+    draft.module(NAME)["values_from"] = kind
+    found = problems(draft.write(tmp_path / "edited.salr"), llama)
+    assert "the manifest's entry is not what the source and the options give" in found[NAME]
+
+
+def test_a_module_that_the_source_does_not_have_is_found(edited, llama):
+    draft, write = edited
+    draft.manifest["modules"]["extra"] = draft.module(NAME) | {"source_tensor": "extra.weight"}
+    for name in [name for name in draft.tensors if name.startswith(NAME + ".")]:
+        dtype, shape, _ = draft.tensors[name]
+        draft.put(name.replace(NAME, "extra"), draft.array(name), dtype=dtype, shape=shape)
+    assert {"extra.values", "extra.bitmap"} <= set(problems(write(), llama))
+
+
+@pytest.mark.parametrize("change", [{"include": [5]}, {"set": [["*", 5]]}, {"rounds": "many"}, {"scope": [1]}], ids=str)
+def test_a_recorded_option_of_a_wrong_type_gives_a_clear_error(edited, llama, change):
+    draft, write = edited
+    draft.manifest["options"] |= change
+    with pytest.raises(SalrError, match=r"edited.salr: the recorded options make no sense|scope \[1\]"):
+        problems(write(), llama)

@@ -161,20 +161,42 @@ def test_a_window_longer_than_the_models_positions_is_refused(reader, text):
         salr.evaluate(reader, text, options=EvalOptions(65))
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertLMHeadModel", "LlamaModel"])
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "T5ForConditionalGeneration", "LlamaModel"])
 def test_classes_that_predict_no_next_token_have_no_perplexity(kind, readers, reader, text, tmp_path, edit_config):
-    import transformers
-
     if kind == "LlamaModel":
         folder = edit_config(shutil.copytree(reader, tmp_path / "m"), architectures=[kind])
     else:
-        config = transformers.BertConfig(
-            vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
-        )
-        getattr(transformers, kind)(config).save_pretrained(tmp_path / "bert")
-        folder = readers(tmp_path / "bert", tmp_path / "m")
+        folder = readers(save_encoder(kind, tmp_path / "encoder"), tmp_path / "m")
     with pytest.raises(EvaluationError, match=f"{kind} has no perplexity: it predicts no next token, needed a causal"):
         salr.evaluate(folder, text, options=OPTIONS)
+
+
+def save_encoder(kind, folder, **more):
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "initializer_range": 0.3,
+    } | more
+    config = transformers.T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, vocab_size=60)
+    if kind.startswith("Bert"):
+        config = transformers.BertConfig(intermediate_size=48, **settings)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_head_that_sees_later_tokens_is_refused_and_one_that_does_not_is_scored(
+    readers, text, tmp_path
+):
+    blind = readers(save_encoder("BertLMHeadModel", tmp_path / "a", is_decoder=True), tmp_path / "blind")
+    assert salr.evaluate(blind, text, options=OPTIONS)[0].n_scored == 6 * 31
+    sees = readers(save_encoder("BertLMHeadModel", tmp_path / "b"), tmp_path / "sees")
+    with pytest.raises(EvaluationError, match=r"sees: BertLMHeadModel has no perplexity: its logits depend on later"):
+        salr.evaluate(sees, text, options=OPTIONS)
 
 
 def test_another_vocabulary_than_the_references_is_refused(reader, readers, gpt2, text, tmp_path, edit_config):
@@ -210,3 +232,13 @@ def test_a_device_that_is_not_there_and_an_empty_list_are_refused(reader, text):
         salr.evaluate(reader, text, options=EvalOptions(32, device="cuda:x"))
     with pytest.raises(OptionError, match="no model to evaluate"):
         salr.evaluate([], text, options=OPTIONS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_numbers_are_those_of_the_cpu_within_bf16(reader, reader_salr, text):
+    here = salr.evaluate(reader_salr, text, reader, OPTIONS)
+    there = salr.evaluate(reader_salr, text, reader, EvalOptions(32, device="cuda:0"))
+    for one, other in zip(here, there, strict=True):
+        assert other.nll == pytest.approx(one.nll, rel=0.02) and other.nll != one.nll
+        assert other.kl == pytest.approx(one.kl, rel=0.05)
+    assert there[0].agreement == 1.0 and abs(there[1].agreement - here[1].agreement) < 0.05

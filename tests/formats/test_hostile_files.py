@@ -265,3 +265,19 @@ def test_a_group_size_far_beyond_the_columns_is_one_group(draft, tmp_path):
     draft.put(f"{DOWN}.scales", np.ones((2, 1), np.float32), dtype="F32", shape=(2, 1))
     file = SalrFile(draft.write(tmp_path / "wide.salr"))
     assert file.dense(DOWN)[0, 3] == 1
+
+
+def test_a_source_tensor_that_is_also_kept_dense_is_refused(draft, refuse):
+    draft.put(f"{Q}.weight", np.zeros(3, np.uint8))
+    refuse(FormatError, f"tensor '{Q}': source_tensor '{Q}.weight' is also kept dense", "each tensor once")
+
+
+def test_factors_of_one_adapter_in_two_dtypes_are_refused(draft, refuse):
+    draft.put(f"{Q}.lora_B.style", np.zeros((5, 1), np.float16), dtype="F16")
+    refuse(FormatError, f"tensor '{Q}.lora_B.style': F16 [5, 1]", "needed F32 [5, 1]")
+
+
+def test_scales_of_a_module_that_is_not_quantized_are_left_alone(draft, tmp_path):
+    draft.put(f"{Q}.scales", np.full(3, 7, np.uint8))
+    file = SalrFile(draft.write(tmp_path / "hostile.salr"))
+    assert file.module(Q).scales is None and f"{Q}.scales" in file.dense_tensors()

@@ -148,3 +148,13 @@ def test_two_modules_of_one_source_tensor_are_refused(value):
     value["modules"][UP]["source_tensor"] = value["modules"][Q]["source_tensor"]
     with pytest.raises(FormatError, match=r"f.salr: .*source_tensor"):
         parse(value)
+
+
+@pytest.mark.parametrize("output", [0.125, None])
+def test_an_output_error_comes_back_and_an_absent_one_leaves_no_key(value, output):
+    value["modules"][Q]["error"]["output"] = output
+    manifest = parse(value)
+    assert manifest.modules[Q].error.output == output
+    written = json.loads(manifest.to_json())["modules"][Q]["error"]
+    assert written.get("output") == output and ("output" in written) == (output is not None)
+    assert parse_manifest(manifest.to_json(), "f") == manifest

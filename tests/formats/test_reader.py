@@ -88,6 +88,19 @@ def test_a_slice_inside_a_group_of_scales_is_refused(file):
         file.slice(UP, columns=slice(2, 8))
 
 
+@pytest.mark.parametrize("columns", [slice(3, 3), slice(9, 12), slice(0, 9, 2), slice(None, None, -1), slice(5, 2)])
+def test_a_slice_that_is_empty_or_has_gaps_is_refused(file, columns):
+    with pytest.raises(FormatError, match=rf"golden_v1.salr: tensor '{Q}': slice .*, needed one run, not empty"):
+        file.slice(Q, columns=columns)
+    with pytest.raises(FormatError, match="slice 2:2:1"):
+        file.slice(Q, rows=slice(2, 2))
+
+
+def test_a_slice_across_fours_is_no_longer_2_4(file):
+    assert file.slice(K, columns=slice(4, 8)).entry.pattern == "2:4"
+    assert file.slice(K, columns=slice(2, 8)).entry.pattern == "unstructured"
+
+
 def test_a_slice_has_row_offsets_and_padding_of_its_own(file):
     part = file.slice(Q, rows=slice(2, 5), columns=slice(4, 9))
     assert part.row_offsets.tolist() == [0, 5, 6, 6]

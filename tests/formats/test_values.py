@@ -54,6 +54,13 @@ def test_int8_never_makes_the_code_minus_128():
     assert stored.view(np.int8).tolist() == [-127]
 
 
+@pytest.mark.parametrize(("encoding", "code"), [("int8", 127), ("nf4", 15)])
+def test_a_ratio_beyond_the_floats_takes_the_outermost_code_without_a_warning(encoding, code):
+    with np.errstate(all="raise"):
+        stored = values.encode_quantized(np.array([3e38], np.float32), np.array([1e-38], np.float32), encoding)
+    assert stored.tolist() == [code]
+
+
 def test_nf4_puts_the_even_element_in_the_low_nibble_and_ends_an_odd_count_with_zero_bits():
     numbers = values.NF4_CODE_BOOK[[0, 15, 7, 1, 14]]
     stored = values.encode_quantized(numbers, np.ones(5, np.float32), "nf4")
