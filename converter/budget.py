@@ -17,8 +17,8 @@ import torch
 from ..formats.bitmap import bitmap_width
 from ..formats.dtypes import DTYPE_BITS
 from ..formats.errors import CalibrationError, OptionError
-from .options import ConvertOptions
-from .plan import Plan, PlannedModule
+from .options import ConvertOptions, ModuleOptions
+from .plan import Plan, PlannedModule, n_removed
 from .prune import Groups, keep_in_groups
 from .sequential import open_block_run
 from .weighted import DAMPING, output_energy
@@ -57,6 +57,9 @@ def with_budget(
         CalibrationError: the calibration data is unusable.
     """
     assert options.target_bits is not None
+    experts = [module.name for module in plan.modules if len(module.entry.shape) == 3]
+    if experts:
+        raise OptionError("--target-bits", tensor=experts[0], needed="2-D weights", fix=f"--exclude '{experts[0]}'")
     curves = dict(_curves(plan, options, device, pool))
     budget = options.target_bits * sum(module.entry.n_weights for module in plan.modules if module.name in curves)
     allocation = allocate(curves, budget)
@@ -163,7 +166,7 @@ def _with_gram(
     for batch in run.gram_matrices() if run is not None else ():
         seen.update(module.name for module, _ in batch)
         yield batch
-    yield [(module, None) for module in plan.modules if module.name not in seen and len(module.entry.shape) == 2]
+    yield [(module, None) for module in plan.modules if module.name not in seen]
 
 
 def _candidates(module: PlannedModule, gram: torch.Tensor | None, plan: Plan, device: torch.device) -> list[Candidate]:
@@ -181,7 +184,7 @@ def _candidates(module: PlannedModule, gram: torch.Tensor | None, plan: Plan, de
         for rank in RANKS:
             if rank <= min(weight.shape) and (sparsity or not rank):
                 error = float(spectrum[rank:].sum()) / energy
-                found.append(Candidate(sparsity, rank, _n_bits(module, sparsity, rank), error))
+                found.append(Candidate(sparsity, rank, _n_bits(module, sparsity, rank, plan.options), error))
     return found
 
 
@@ -199,7 +202,7 @@ def _error_spectrum(weight: torch.Tensor, gram: torch.Tensor, sparsity: float) -
     return values.clamp_min(0).flip(0)
 
 
-def _n_bits(module: PlannedModule, sparsity: float, rank: int) -> float:
+def _n_bits(module: PlannedModule, sparsity: float, rank: int, options: ConvertOptions) -> float:
     """Return the size of a module stored so, adapters counted: values, bitmap, row offsets and factors."""
     entry = module.entry
     width = DTYPE_BITS[entry.dtype]
@@ -207,5 +210,5 @@ def _n_bits(module: PlannedModule, sparsity: float, rank: int) -> float:
     factors = factor_bits * (entry.n_rows + entry.n_columns)
     if not sparsity:
         return width * entry.n_weights + factors
-    kept = entry.n_weights - int(sparsity * entry.n_weights)
+    kept = entry.n_weights - n_removed(module.name, ModuleOptions(sparsity), entry.n_rows, entry.n_columns, options)
     return width * kept + 8 * bitmap_width(entry.n_columns) * entry.n_rows + 64 * (entry.n_rows + 1) + factors

@@ -66,6 +66,8 @@ def plan_conversion(source: str | Path, options: ConvertOptions) -> Plan:
     plan = make_plan(checkpoint, adapters, options)
     if options.target_bits is None:
         return plan
+    if not options.module.sparsity or options.overrides:
+        raise OptionError("--target-bits chooses every sparsity and rank itself", fix="drop --sparsity 0 and --set")
     device = resolve_device(options.device)
     with one_thread_each(worker_count(options, device)) as pool:
         budgeted, _ = with_budget(plan, options, device, pool)

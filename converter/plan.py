@@ -122,7 +122,7 @@ def _plan_module(
     reason = choice.reason
     if not choice.is_packed:
         settings, reason = ModuleOptions(sparsity=0.0), f"an adapter targets it ({choice.reason}): stored unpruned"
-    removed = _n_removed(choice.module, settings, n_rows, n_columns, options)
+    removed = n_removed(choice.module, settings, n_rows, n_columns, options)
     entry = ModuleEntry(
         source_tensor=tensor.name,
         source_shape=tensor.shape,
@@ -142,7 +142,7 @@ def _plan_module(
     return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
 
 
-def _n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:
+def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:
     """Return how many weights of a matrix go, whole numbers in each of the groups that compete."""
     if options.pattern == "2:4" and settings.sparsity:
         if n_columns % 4:

@@ -14,6 +14,7 @@ if not (_package_dir / "converter").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
     from .converter.options import ModuleOptions as ModuleOptions
     from .converter.pipeline import convert as convert
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 #: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
 _PUBLIC = {
+    "CalibrationOptions": ".converter.options",
     "ConvertOptions": ".converter.options",
     "ConvertReport": ".converter.report",
     "EvalOptions": ".evaluation.protocol",
@@ -39,6 +41,7 @@ _PUBLIC = {
     "unpack": ".converter.unpack",
 }
 __all__ = [
+    "CalibrationOptions",
     "ConvertOptions",
     "ConvertReport",
     "EvalOptions",
