@@ -42,13 +42,13 @@ def layer_weight(kind: str) -> torch.Tensor:
 def time_layer(kind: str, with_svd: bool) -> dict[str, float | str | None]:
     """Time mask + residual on one thread, and torch's full SVD of the same residual on all."""
     from salr.converter.lowrank import truncated_svd
-    from salr.converter.prune import magnitude_mask
+    from salr.converter.prune import Groups, keep_in_groups
 
     weight = layer_weight(kind)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    mask = magnitude_mask(weight, weight.numel() // 2, "layer")
+    mask = keep_in_groups(weight.abs(), weight.numel() // 2, Groups("layer"))
     masked = time.perf_counter()
     residual = weight.masked_fill(mask, 0)
     lora_b, lora_a = truncated_svd(residual, RANK)
@@ -72,15 +72,15 @@ def time_layer(kind: str, with_svd: bool) -> dict[str, float | str | None]:
     return row
 
 
-def convert_child(folder: str, workers: str) -> None:
+def convert_child(folder: str, workers: str, method: str) -> None:
     """Convert the checkpoint in ``folder`` and print the peak resident memory in bytes (run as a child process)."""
     import salr
 
-    salr.convert(folder, Path(folder) / "out.salr", salr.ConvertOptions(workers=int(workers)))
+    salr.convert(folder, Path(folder) / "out.salr", salr.ConvertOptions(method=method, workers=int(workers)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def measure_memory(workers: int) -> dict[str, float]:
+def measure_memory(method: str, workers: int) -> dict[str, float | str]:
     """Convert ``workers`` such layers in a child process and return its peak memory against the allowance."""
     from safetensors.torch import save_file
 
@@ -89,9 +89,10 @@ def measure_memory(workers: int) -> dict[str, float]:
         save_file(weights, Path(folder) / "model.safetensors")
         del weights
         (Path(folder) / "config.json").write_text("{}")
-        command = [sys.executable, __file__, CHILD, folder, str(workers)]
+        command = [sys.executable, __file__, CHILD, folder, str(workers), method]
         child = subprocess.run(command, check=True, capture_output=True, text=True)
     return {
+        "method": method,
         "workers": workers,
         "peak_gb": int(child.stdout.split()[-1]) / 1e9,
         "allowed_gb": (1e9 + 6 * workers * N_ROWS * N_COLUMNS * 4) / 1e9,
@@ -112,7 +113,7 @@ def time_model(model: Path, workers: int) -> dict[str, float]:
 def main() -> None:
     """Run from the command line."""
     if CHILD in sys.argv:
-        return convert_child(*sys.argv[2:4])
+        return convert_child(*sys.argv[2:5])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--json", type=Path)
@@ -127,10 +128,10 @@ def main() -> None:
     print("4096x14336 fp32, rank 64, ours on one thread      mask s  svd s  torch svd s  ratio  energy of exact")
     for row in layers:
         print("  ", *(f"{v:.4g}" if isinstance(v, float) else v for v in row.values()), sep="  ")
-    result["memory"] = memory = [measure_memory(workers) for workers in (1, 2)]
-    print("peak resident memory, the layer in bf16           workers  GB  allowed GB")
+    result["memory"] = memory = [measure_memory(m, workers) for m in ("magnitude", "alternating") for workers in (1, 2)]
+    print("peak resident memory, the layer in bf16           method  workers  GB  allowed GB")
     for row in memory:
-        print("  ", *(f"{v:.3g}" for v in row.values()), sep="  ")
+        print("  ", *(f"{v:.3g}" if isinstance(v, float) else v for v in row.values()), sep="  ")
     if args.model:
         result["model"] = models = [time_model(args.model, workers) for workers in (1, 2)]
         print(f"{args.model.name}, magnitude, rank 64          workers  seconds  MB")

@@ -39,6 +39,7 @@ from salr.evaluation.protocol import EvalOptions, plan_windows
 from salr.evaluation.scoring import score
 
 WINDOWS_OF_OTHER_TEXTS = 60
+HIGHEST_PLOTTED = 50
 STDLIB = ("argparse", "ast", "asyncio.base_events", "calendar", "codecs", "collections", "configparser", "csv",
           "datetime", "decimal", "difflib", "doctest", "email.message", "enum", "fractions", "ftplib", "functools",
           "http.client", "http.server", "inspect", "ipaddress", "json.decoder", "locale", "mailbox", "optparse", "os",
@@ -336,13 +337,18 @@ def plot_bytes(bench: Bench, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for family, points in sorted(families.items()):
         points.sort(key=lambda row: row["bits"])
+        for point in points:
+            if point["wikitext2"] > HIGHEST_PLOTTED:
+                note = f"{point['name']}: {point['wikitext2']:.0f}"
+                axes.annotate(note, (point["bits"], HIGHEST_PLOTTED), (0, -12), textcoords="offset points", fontsize=8)
         style = {"linewidth": 2.5, "color": "black"} if family == "budget solver" else {}
         axes.plot([p["bits"] for p in points], [p["wikitext2"] for p in points], marker="o", label=family, **style)
     dense = next((row["wikitext2"] for row in bench.rows if row["name"] == "dense"), None)
     if dense:
         axes.axhline(dense, color="grey", linestyle=":", label="dense, 16 bits")
     axes.set(xlabel="bits per packed weight, adapters counted", ylabel="WikiText-2 perplexity", yscale="log")
-    axes.set_yticks([20, 22, 25, 30, 40, 60, 100, 200, 500], [20, 22, 25, 30, 40, 60, 100, 200, 500])
+    axes.set_ylim(20, HIGHEST_PLOTTED)
+    axes.set_yticks([20, 21, 22, 24, 26, 28, 30, 35, 40, 50], [20, 21, 22, 24, 26, 28, 30, 35, 40, 50])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,9 @@ def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
     with (
         SalrWriter(out, plan.specs(), force=options.force, fresh=options.fresh) as writer,
         one_thread_each(worker_count(options, device)) as pool,
+        ThreadPoolExecutor(1) as hasher,  # beside the workers, which would otherwise wait for it
     ):
-        hashes = {path: pool.submit(sha256, path) for path in _source_paths(plan)}
+        hashes = {path: hasher.submit(sha256, path) for path in _source_paths(plan)}
         outcome = Job(plan, device, writer).run(pool, progress)
         for tensor in plan.kept:
             writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))

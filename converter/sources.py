@@ -32,7 +32,7 @@ FLOAT_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch
 
 _ASSETS = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-    "additional_chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja", "[0-9]_*/config.json",
 )  # fmt: skip
 _NOT_ASSETS = re.compile(r".*\.index\.json|adapter_config\.json|trainer_state\.json|training_args\..*")
 _PIECE_BYTES = 1 << 24
