@@ -76,7 +76,7 @@ def convert_child(folder: str, workers: str, method: str) -> None:
     """Convert the checkpoint in ``folder`` and print the peak resident memory in bytes (run as a child process)."""
     import salr
 
-    salr.convert(folder, Path(folder) / "out.salr", salr.ConvertOptions(method=method, workers=int(workers)))
+    salr.convert(folder, Path(folder) / "out.salr", salr.ConvertOptions(method=method, rounds=2, workers=int(workers)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

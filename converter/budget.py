@@ -21,7 +21,7 @@ from .options import ConvertOptions, ModuleOptions
 from .plan import Plan, PlannedModule, n_removed
 from .prune import Groups, keep_in_groups
 from .sequential import open_block_run
-from .weighted import DAMPING, output_energy
+from .weighted import damped_gram, output_energy
 
 SPARSITIES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANKS = (0, 8, 16, 32, 64, 96, 128)
@@ -175,8 +175,7 @@ def _candidates(module: PlannedModule, gram: torch.Tensor | None, plan: Plan, de
     weight = (source.T if entry.transposed else source).to(torch.float32, memory_format=torch.contiguous_format)
     if gram is None:
         gram = torch.eye(weight.shape[1], device=device)
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * float(gram.diagonal().double().mean()) or 1.0)
+    damped = damped_gram(gram)
     energy = output_energy(weight, damped) or 1.0
     found = []
     for sparsity in SPARSITIES:

@@ -151,33 +151,42 @@ class ConvertOptions:
         _check_choice("method", self.chosen_method, tuple(METHODS))
         _check_choice("scope", self.chosen_scope, SCOPES)
         _check_choice("pattern", self.pattern, PATTERNS)
+        for name, count in (("rounds", self.rounds), ("workers", self.workers)):
+            if count is not None and count < 1:
+                raise OptionError(f"{count} {name}", needed="1 or more")
+        self._check_data()
+        self._check_selection()
+        self._check_names()
+
+    def _check_data(self) -> None:
+        """Refuse a method that lacks its data, and data that the method would not use."""
         if self.method_info.needs_data and (self.calibration is None or self.calibration.text == NO_DATA):
             raise OptionError(f"method {self.method!r}", needed="--calibration", fix="give a text, or 'synthetic'")
         if self.calibration is not None and self.chosen_method == "magnitude":
             raise OptionError("method 'magnitude' uses no data", fix="drop --calibration, or use --method joint")
+
+    def _check_selection(self) -> None:
+        """Refuse scopes, patterns and budgets that contradict each other."""
         if self.chosen_scope == "global" and (self.method != "magnitude" or self.pattern != "unstructured"):
             raise OptionError("scope 'global'", needed="--method magnitude and an unstructured pattern")
-        if self.pattern == "2:4" and any(s != 0.5 for s in (self.module.sparsity, *self._override_sparsities())):
+        sparsities = [self.module.sparsity, *(s["sparsity"] for _, s in self.overrides if "sparsity" in s)]
+        if self.pattern == "2:4" and any(sparsity != 0.5 for sparsity in sparsities):
             raise OptionError("pattern 2:4 with another sparsity", needed="--sparsity 0.5", fix="drop --sparsity")
         if self.target_bits is not None and not _is_positive(self.target_bits):
             raise OptionError(f"--target-bits {self.target_bits!r}", needed="a positive number")
         if self.target_bits is not None and (self.chosen_scope == "global" or self.pattern != "unstructured"):
             raise OptionError("--target-bits", needed="an unstructured pattern and scope layer or row")
-        if self.rounds < 1:
-            raise OptionError(f"{self.rounds} rounds", needed="1 or more")
-        if self.workers is not None and self.workers < 1:
-            raise OptionError(f"{self.workers} workers", needed="1 or more")
+
+    def _check_names(self) -> None:
+        """Refuse unknown settings and two adapters of one name."""
+        known = [f.name for f in fields(ModuleOptions)]
         for pattern, settings in self.overrides:
-            unknown = sorted(set(settings) - {f.name for f in fields(ModuleOptions)})
-            if unknown:
-                known = ", ".join(f.name for f in fields(ModuleOptions))
-                raise OptionError(f"--set {pattern}: unknown setting {unknown[0]!r}", needed=known)
+            for name in settings:
+                if name not in known:
+                    raise OptionError(f"--set {pattern}: unknown setting {name!r}", needed=", ".join(known))
         names = [name for name, _ in self.adapters]
         if len(set(names)) != len(names):
             raise OptionError("two adapters have one name", fix="name them: --adapter NAME=DIR")
-
-    def _override_sparsities(self) -> list[float]:
-        return [settings["sparsity"] for _, settings in self.overrides if "sparsity" in settings]
 
     @property
     def chosen_method(self) -> str:

@@ -25,7 +25,7 @@ from .options import ConvertOptions, Method
 from .packing import Calibrated, PackedModule, pack_module
 from .plan import Plan, PlannedModule
 from .sources import tensor_from_bytes
-from .weighted import DAMPING
+from .weighted import damped_gram
 
 _ASYMMETRY = 0.5
 _WINDOW = 8
@@ -179,10 +179,8 @@ class _BlockPacker:
         source_weight = checkpoint.read(module.entry.source_tensor).to(self._device, torch.float32)
         target = _oriented(module, source_weight)
         if statistics.cross is not None:
-            damped = gram.clone()
-            damped.diagonal().add_(DAMPING * float(gram.diagonal().double().mean()) or 1.0)
             shift = adapted @ (statistics.cross - gram)
-            target = target + _ASYMMETRY * torch.cholesky_solve(shift.T, torch.linalg.cholesky(damped)).T
+            target = target + _ASYMMETRY * torch.cholesky_solve(shift.T, torch.linalg.cholesky(damped_gram(gram))).T
         return pack_module(module, checkpoint, self._options, self._device, Calibrated(gram, target.contiguous()))
 
     def _adapted(self, block: Block, module: PlannedModule) -> torch.Tensor:

@@ -35,11 +35,16 @@ class ScaledGram:
         return self.matrix
 
 
+def damped_gram(gram: torch.Tensor) -> torch.Tensor:
+    """Return H (K, K) with 1 % of its mean diagonal added to the diagonal, or 1 where no input was ever active."""
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * float(gram.diagonal().double().mean()) or 1.0)
+    return damped
+
+
 def scaled_gram(gram: torch.Tensor) -> ScaledGram:
     """Damp and normalise a Gram matrix; inputs that were never active get the damping alone."""
-    diagonal = gram.diagonal()
-    damping = DAMPING * float(diagonal.double().mean())
-    scale = (diagonal + (damping or 1.0)).sqrt()
+    scale = damped_gram(gram).diagonal().sqrt()
     matrix = gram / scale / scale[:, None]
     matrix.diagonal().fill_(1.0)
     return ScaledGram(scale, matrix)

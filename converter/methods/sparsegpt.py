@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..weighted import DAMPING, scaled_gram, weighted_svd
+from ..weighted import damped_gram, scaled_gram, weighted_svd
 from .problem import Problem, Solution, stored_factors
 from .wanda import required_gram
 
@@ -20,9 +20,8 @@ _COLUMNS = 128
 def sparsegpt(problem: Problem) -> Solution:
     """Prune with error compensation, then the weighted SVD of W - S; kept values are refitted ones."""
     gram = required_gram(problem)
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * float(gram.diagonal().double().mean()) or 1.0)
-    inverse_factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_gram(gram)))
+    inverse_factor = torch.linalg.cholesky(inverse, upper=True)
     mask, sparse = _prune_columns(problem, inverse_factor)
     if not problem.rank:
         return Solution(mask, None, None, sparse)

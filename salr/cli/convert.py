@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,12 +116,12 @@ def convert(
 
 def calibration_options(text: str | None, samples: int | None, length: int, seed: int) -> CalibrationOptions | None:
     """Return the calibration asked for; None leaves the choice to the method."""
-    from ..converter.options import CalibrationOptions
+    from ..converter.options import SYNTHETIC, SYNTHETIC_SAMPLES, CalibrationOptions
 
     if text is None:
         return None
-    given = CalibrationOptions(text, length=length, seed=seed)
-    return given if samples is None else replace(given, samples=samples)
+    usual = SYNTHETIC_SAMPLES if text == SYNTHETIC else CalibrationOptions(text).samples
+    return CalibrationOptions(text, usual if samples is None else samples, length, seed)
 
 
 def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
@@ -199,7 +199,8 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
         console.say(f"! {warning}", quiet=quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
     console.say(f"next:  salr verify {report.path} --against {plan.checkpoint.directory}", quiet=quiet)
-    console.say(f"       salr unpack {report.path} DIR", quiet=quiet)
+    console.say(f"       salr eval {report.path} --reference {plan.checkpoint.directory} --text FILE", quiet=quiet)
+    console.say(f"       salr inspect {report.path} --html page.html", quiet=quiet)
 
 
 def size_warnings(report: ConvertReport) -> list[str]:
