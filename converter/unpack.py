@@ -43,6 +43,15 @@ def unpack(
         raise OptionError(f"dtype {dtype!r}", needed="one of source, " + ", ".join(FLOAT_ENCODINGS))
     wanted = FLOAT_ENCODINGS.get(dtype)
     file = SalrFile(path)
+    fitted = [name for name, entry in file.modules.items() if entry.values_from != "source"]
+    if not residual and fitted:
+        raise OptionError(
+            "kept values were chosen to be used with the residual",
+            path=path,
+            tensor=fitted[0],
+            needed="values_from 'source' to leave it out",
+            fix="drop --no-residual",
+        )
     specs = _specs(file, wanted)
     with output_directory(out) as partial:
         for name in file.assets:

@@ -192,7 +192,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         VersionError: it requires a feature this version does not know.
     """
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the manifest is not JSON ({error})", path=path, fix="make the file again") from error
     top = _Fields(value, "", path)
@@ -222,6 +222,13 @@ def _check_source_tensors(modules: Mapping[str, ModuleEntry], top: _Fields) -> N
         if first != name:
             found = f"{entry.source_tensor!r}, as in module {first}"
             raise top.error(f"modules.{name}.source_tensor", found, "a tensor of its own")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object holds a key twice")
+    return found
 
 
 def _parse_module(value: object, name: str, path: str) -> ModuleEntry:

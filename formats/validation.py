@@ -6,6 +6,8 @@ opened; ``check_module`` looks at a module's tensors and runs before any of thei
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import xxhash
 
@@ -18,6 +20,9 @@ from .manifest import FORMAT_VERSION, MANIFEST_NAME, AdapterEntry, Manifest, Mod
 from .module import ModuleTensors
 from .values import encoded_bytes
 
+_MODULE_TENSOR = re.compile(
+    r"(?P<module>.+)\.(bitmap|values|row_offsets|scales|(lora_A|lora_B|rank_scales)\.[A-Za-z0-9_-]+)"
+)
 ZERO_DIGEST = "0" * 32
 REMAKE = "the file is damaged: copy or make it again"
 
@@ -73,6 +78,7 @@ def check_manifest(container: Container, manifest: Manifest) -> None:
         for adapter in entry.adapters:
             _check_adapter(container, name, entry, adapter)
     _check_source_tensors(container, manifest)
+    _check_strays(container, manifest)
     undigested = sorted(set(container.tensors) - set(manifest.checksums) - {MANIFEST_NAME})
     missing = sorted(set(manifest.checksums) - set(container.tensors))
     for names, found in ((undigested, "has no digest in the manifest"), (missing, "is missing from the file")):
@@ -83,6 +89,22 @@ def check_manifest(container: Container, manifest: Manifest) -> None:
             raise FormatError(
                 "the asset's name could leave its folder", path=container.path, tensor=name, needed="a plain name"
             )
+
+
+def _check_strays(container: Container, manifest: Manifest) -> None:
+    """Refuse a tensor named as a part of a module that the module's entry does not call for."""
+    for name in container.tensors:
+        found = _MODULE_TENSOR.fullmatch(name)
+        entry = manifest.modules.get(found["module"]) if found else None
+        if found is None or entry is None:
+            continue
+        expected = {spec.name for spec in naming.module_specs(found["module"], entry)}
+        for adapter in entry.adapters:
+            is_int8 = container.tensors[naming.lora_a_name(found["module"], adapter.name)].dtype == "I8"
+            names = naming.lora_a_name, naming.lora_b_name, *([naming.rank_scales_name] if is_int8 else [])
+            expected.update(spell(found["module"], adapter.name) for spell in names)
+        if name not in expected:
+            raise FormatError("its module's entry does not call for it", path=container.path, tensor=name, fix=REMAKE)
 
 
 def _check_source_tensors(container: Container, manifest: Manifest) -> None:

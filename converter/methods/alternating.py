@@ -20,14 +20,15 @@ MOMENTUM = 0.8
 def alternating(problem: Problem) -> Solution:
     """Alternate ``problem.rounds`` times, then values = W - B A on the mask with the factors as stored."""
     gram = ScaledGram.identity(problem.weight) if problem.gram is None else scaled_gram(problem.gram)
-    scaled = problem.weight * gram.scale
+    scaled = problem.weight if gram.matrix is None else problem.weight * gram.scale
     if not problem.rank:
         return Solution(problem.keep(scaled.abs()), None, None)
     basis = start_basis(scaled, problem.rank, gram.matrix)
     low_rank, sparse = basis @ (basis.T @ scaled), torch.zeros_like(scaled)
     for _ in range(problem.rounds):
-        previous, sparse = sparse, problem.keep_entries(scaled - low_rank)
-        rest = scaled - sparse - MOMENTUM * (sparse - previous)
+        # In place where it can be: a layer of a large model is a gigabyte in float32.
+        previous, sparse = sparse, problem.keep_entries(low_rank.neg_().add_(scaled))
+        rest = torch.sub(scaled, sparse, alpha=1 + MOMENTUM).add_(previous, alpha=MOMENTUM)
         basis = subspace_step(rest, basis, gram.matrix)
         low_rank = basis @ (basis.T @ rest)
     mask = problem.keep((scaled - low_rank).abs())

@@ -80,7 +80,7 @@ def _admm(
         target = scaled - low_rank
         free = target + (sparse - dual - target) @ pull
         dual += free
-        previous, sparse = sparse, problem.keep_entries(dual)
+        previous, sparse = sparse, problem.keep_entries(dual.clone())
         dual -= sparse
         if basis is not None:
             rest = scaled - sparse - MOMENTUM * (sparse - previous)

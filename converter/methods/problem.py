@@ -35,8 +35,8 @@ class Problem:
         return keep_in_groups(scores, self.n_kept, self.groups)
 
     def keep_entries(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return ``matrix`` (N, K) with all but its largest entries set to 0; ties at the boundary all stay."""
-        return matrix * keep_roughly(matrix.abs(), self.n_kept, self.groups)
+        """Set all but the largest entries of ``matrix`` (N, K) to 0, in place; ties at the boundary all stay."""
+        return matrix.mul_(keep_roughly(matrix.abs(), self.n_kept, self.groups))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 INTERRUPTED = """
 import os, signal, sys, time
 from salr.formats.writer import SalrWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 write = SalrWriter.write
 sent = []
 def interrupted(self, name, array):

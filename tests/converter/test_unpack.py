@@ -159,3 +159,10 @@ def test_progress_ends_with_every_tensor(packed, tmp_path):
     seen = []
     salr.unpack(packed, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 21) for done in range(22)]
+
+
+def test_leaving_the_residual_out_is_refused_where_values_were_fitted_to_it(llama, tmp_path):
+    salr.convert(llama, tmp_path / "m.salr", salr.ConvertOptions(calibration=salr.CalibrationOptions("none"), rounds=2))
+    with pytest.raises(OptionError, match="drop --no-residual"):
+        salr.unpack(tmp_path / "m.salr", tmp_path / "out", residual=False)
+    assert not (tmp_path / "out").exists()

@@ -251,15 +251,6 @@ def test_a_2_4_module_with_three_kept_weights_in_a_group_is_refused(draft, refus
     refuse(FormatError, f"tensor '{K}.bitmap'", "2:4", module=K)
 
 
-def test_rank_scales_of_a_float_residual_are_checked_or_left_alone(draft, tmp_path):
-    draft.put(f"{Q}.rank_scales.residual", np.zeros(5, np.float32), dtype="F32", shape=(5,))
-    try:
-        file = SalrFile(draft.write(tmp_path / "hostile.salr"))
-        assert file.adapters(Q, ["residual"]).scaling.tolist() == [1, 1]
-    except FormatError as error:
-        assert f"{Q}.rank_scales.residual" in str(error)
-
-
 def test_a_group_size_far_beyond_the_columns_is_one_group(draft, tmp_path):
     draft.module(DOWN)["group_size"] = 2**62
     draft.put(f"{DOWN}.scales", np.ones((2, 1), np.float32), dtype="F32", shape=(2, 1))
@@ -277,7 +268,7 @@ def test_factors_of_one_adapter_in_two_dtypes_are_refused(draft, refuse):
     refuse(FormatError, f"tensor '{Q}.lora_B.style': F16 [5, 1]", "needed F32 [5, 1]")
 
 
-def test_scales_of_a_module_that_is_not_quantized_are_left_alone(draft, tmp_path):
-    draft.put(f"{Q}.scales", np.full(3, 7, np.uint8))
-    file = SalrFile(draft.write(tmp_path / "hostile.salr"))
-    assert file.module(Q).scales is None and f"{Q}.scales" in file.dense_tensors()
+@pytest.mark.parametrize("part", ["scales", "lora_A.other", "rank_scales.residual"])
+def test_a_part_of_a_module_that_its_entry_does_not_call_for_is_refused(draft, refuse, part):
+    draft.put(f"{Q}.{part}", np.full(3, 7, np.uint8))
+    refuse(FormatError, f"tensor '{Q}.{part}': its module's entry does not call for it")

@@ -158,3 +158,8 @@ def test_an_output_error_comes_back_and_an_absent_one_leaves_no_key(value, outpu
     written = json.loads(manifest.to_json())["modules"][Q]["error"]
     assert written.get("output") == output and ("output" in written) == (output is not None)
     assert parse_manifest(manifest.to_json(), "f") == manifest
+
+
+def test_a_key_that_stands_twice_is_refused():
+    with pytest.raises(FormatError, match="an object holds a key twice"):
+        parse_manifest(b'{"generator":"a","generator":"b"}', "x.salr")
