@@ -41,14 +41,23 @@ def inspect(
     return console.say_json(file_as_json(file)) if as_json else show_file(file, modules)
 
 
+def option_text(key: str, value: Any) -> str:
+    """Return a recorded option in a few words."""
+    if key == "set":
+        return f"({len(value)} overrides)"
+    if key == "calibration" and isinstance(value, dict):
+        return f"{value.get('samples')} x {value.get('length')} tokens of {value.get('kind')}"
+    return str(value)
+
+
 def show_file(file: SalrFile, modules: bool) -> None:
     """Print what one file holds."""
     source, options = file.manifest.source, file.manifest.options
     console.say(
         f"{file.path.name}   {source.get('architecture') or 'no model class'}   made by {file.manifest.generator}"
     )
-    recipe = (f"{k} {f'({len(v)} overrides)' if k == 'set' else v}" for k, v in options.items() if v not in ([], None))
-    console.say(f"recipe                  {', '.join(recipe)}")
+    recipe = ", ".join(f"{key} {option_text(key, value)}" for key, value in options.items() if value not in ([], None))
+    console.say(f"recipe                  {recipe}")
     for line in (*summary_lines(file), *adapter_lines(file)):
         console.say(line)
     console.say(f"assets                  {', '.join(file.assets)}")
