@@ -23,22 +23,36 @@ def alternating(problem: Problem) -> Solution:
     scaled = problem.weight if gram.matrix is None else problem.weight * gram.scale
     if not problem.rank:
         return Solution(problem.keep(scaled.abs()), None, None)
+    low_rank, basis = _alternate(problem, scaled, gram)
+    mask = problem.keep((scaled - low_rank).abs())
+    rest = torch.where(mask, low_rank, scaled)
+    del low_rank
+    lora_b, lora_a = stored_factors(*refine_factors(rest, basis, gram), problem.dtype)
+    del rest
+    return Solution(mask, lora_b, lora_a, minus_product(problem.weight, lora_b, lora_a))
+
+
+def _alternate(problem: Problem, scaled: torch.Tensor, gram: ScaledGram) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return L (N, K) and its left vectors (N, r) after ``problem.rounds`` rounds.
+
+    In place where it can be: a layer of a large model is a gigabyte in float32.
+    """
     basis = start_basis(scaled, problem.rank, gram.matrix)
     low_rank, sparse = basis @ (basis.T @ scaled), torch.zeros_like(scaled)
     for _ in range(problem.rounds):
-        # In place where it can be: a layer of a large model is a gigabyte in float32.
         previous, sparse = sparse, problem.keep_entries(low_rank.neg_().add_(scaled))
         rest = torch.sub(scaled, sparse, alpha=1 + MOMENTUM).add_(previous, alpha=MOMENTUM)
+        del previous, low_rank
         basis = subspace_step(rest, basis, gram.matrix)
         low_rank = basis @ (basis.T @ rest)
-    mask = problem.keep((scaled - low_rank).abs())
-    factors = refine_factors(torch.where(mask, low_rank, scaled), basis, gram)
-    lora_b, lora_a = stored_factors(*factors, problem.dtype)
-    return Solution(mask, lora_b, lora_a, minus_product(problem.weight, lora_b, lora_a))
+    return low_rank, basis
 
 
 def minus_product(weight: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     """Return W - B A in float32; the product in float64, where bf16 factors multiply and add (nearly) exactly."""
-    rows = [slice(row, row + 256) for row in range(0, weight.shape[0], 256)]
     lora_a, lora_b = lora_a.double(), lora_b.double()
-    return torch.cat([(weight[piece].double() - lora_b[piece] @ lora_a).float() for piece in rows])
+    exact = torch.empty_like(weight)
+    for row in range(0, weight.shape[0], 256):
+        piece = slice(row, row + 256)
+        exact[piece] = weight[piece].double() - lora_b[piece] @ lora_a
+    return exact
