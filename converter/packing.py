@@ -85,10 +85,7 @@ def pack_module(
     ]
     tensors = _tensors(planned, matrices)
     for trained in planned.trained:
-        for name, factor in (
-            (naming.lora_a_name(planned.name, trained.adapter.name), trained.pair.lora_A),
-            (naming.lora_b_name(planned.name, trained.adapter.name), trained.pair.lora_B),
-        ):
+        for name, factor in trained.factors(planned.name):
             raw = np.frombuffer(trained.adapter.raw(factor.name), storage_dtype(factor.dtype))
             tensors[name] = raw.reshape(factor.shape)
     entry = replace(planned.entry, error=_error(planned, matrices), values_from=values_from(planned, method))

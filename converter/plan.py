@@ -132,11 +132,9 @@ def _plan_module(
         nnz=(n_rows * n_columns - removed) * (experts[0] if experts else 1),
         pattern=options.pattern if removed else "dense",
         encoding=_ENCODINGS[tensor.dtype],
-        values_from=options.method_info.values_from if removed else "source",
+        values_from="source",  # until it is packed: `packing.values_from` knows which method did it
     )
     rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if removed else 0
-    if not rank and options.chosen_method == "alternating":
-        entry = replace(entry, values_from="source")
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
     adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
     return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)

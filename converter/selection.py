@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..formats import naming
 from ..formats.errors import AdapterError, OptionError, SourceError
 from .adapters import Adapter, LoraPair
 from .architecture import Architecture, Role
@@ -36,6 +37,13 @@ class TrainedPair:
     adapter: Adapter
     key: str
     pair: LoraPair
+
+    def factors(self, module: str) -> list[tuple[str, SourceTensor]]:
+        """Return the names of both factors in the file, for the module of that name, with the trained tensors."""
+        return [
+            (naming.lora_a_name(module, self.adapter.name), self.pair.lora_A),
+            (naming.lora_b_name(module, self.adapter.name), self.pair.lora_B),
+        ]
 
 
 def module_name(tensor: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..formats import naming
 from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
 from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
@@ -114,10 +113,7 @@ def _expected_entry(planned: PlannedModule, entry: ModuleEntry, options: Convert
 
 def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | None:
     for trained in planned.trained:
-        for tensor_name, factor in (
-            (naming.lora_a_name(planned.name, trained.adapter.name), trained.pair.lora_A),
-            (naming.lora_b_name(planned.name, trained.adapter.name), trained.pair.lora_B),
-        ):
+        for tensor_name, factor in trained.factors(planned.name):
             if file.raw(tensor_name) != trained.adapter.raw(factor.name):
                 return _mismatch(file, tensor_name, "differs from the trained factor")
     return None
