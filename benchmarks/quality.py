@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from large_shape import measure_time
 from salr.converter.options import CalibrationOptions, ConvertOptions, ModuleOptions
 
 import salr
@@ -268,58 +269,6 @@ def measure_lora(bench: Bench) -> None:
             return {**facts, "answer_nll": nll, **bench.perplexities(out)}
 
         bench.row("lora", name, measure)
-
-
-def write_llama8b(folder: Path, n_blocks: int) -> Path:
-    """Write a checkpoint of Llama-3-8B's shape with random bf16 weights, a shard a block."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=n_blocks, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-        architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-              "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
-              "mlp.down_proj": (4096, 14336)}  # fmt: skip
-    weight_map = {}
-    for number in range(-1, n_blocks):
-        prefix = f"model.layers.{number}"
-        if number < 0:
-            named = {"model.embed_tokens.weight": (128256, 4096), "lm_head.weight": (128256, 4096)}
-            tensors = {"model.norm.weight": torch.ones(4096, dtype=torch.bfloat16)}
-        else:
-            named = {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
-            norms = ("input_layernorm", "post_attention_layernorm")
-            tensors = {f"{prefix}.{name}.weight": torch.ones(4096, dtype=torch.bfloat16) for name in norms}
-        for name, shape in named.items():
-            tensors[name] = (torch.randn(shape, device=device) * 0.02).bfloat16().cpu()
-        file = f"model-{number + 2:05}-of-{n_blocks + 1:05}.safetensors"
-        save_file(tensors, folder / file)
-        weight_map.update(dict.fromkeys(tensors, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def measure_time(bench: Bench) -> None:
-    """Seconds for Llama-3-8B's shape; random tokens stand for text, which takes the same time."""
-    n_blocks = bench.args.blocks
-    with tempfile.TemporaryDirectory() as folder:
-        source = write_llama8b(Path(folder), n_blocks)
-        print(f"# wrote {n_blocks} blocks of Llama-3-8B's shape", flush=True)
-        for name, options in (
-            ("data-free default", {}),
-            ("weights alone", {"calibration": CalibrationOptions("none")}),
-            ("joint, 64 windows", {"method": "joint", "calibration": CalibrationOptions("synthetic", 64)}),
-        ):
-            bench.row(
-                "time",
-                f"8B shape, {n_blocks} blocks: {name}",
-                lambda options=options: bench.convert(source, **options)[1],
-            )
 
 
 def plot_bytes(bench: Bench, path: Path) -> None:

@@ -131,7 +131,8 @@ class BlockModel:
     def _load(self, parameter: str) -> torch.Tensor:
         tensor = self._tensor_of(parameter)
         assert tensor is not None  # checked when the model was opened
-        return self._checkpoint.read(tensor).to(self._device, torch.float32, copy=True)
+        stored = self._checkpoint.read(tensor).to(self._device, copy=True)  # narrow over the bus, widened there
+        return stored.to(torch.float32)
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[Block]:

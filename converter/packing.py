@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from ..formats import naming
-from ..formats.bitmap import pack_bitmap, row_offsets
+from ..formats.bitmap import bitmap_width, pack_bitmap, row_offsets
 from ..formats.dtypes import Array, storage_dtype
 from ..formats.errors import SourceError
 from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
-from ..formats.values import pad_values
+from ..formats.values import stored_elements
 from .methods import Problem, Solution, solve
 from .options import METHODS, ConvertOptions
 from .plan import PlannedModule
 from .prune import Groups
 from .sources import Checkpoint
-from .weighted import output_energy
+from .weighted import minus_product, output_energy
 
 _ERROR_ROWS = 256
 _FALLBACK = "alternating"
@@ -180,15 +180,16 @@ def stored_weight(
     """Return S + B A (N, K) in float32 from kept values (nnz,) and factors."""
     weight = torch.zeros(mask.shape, device=mask.device)
     weight[mask] = values.float()
-    return weight if lora_b is None or lora_a is None else weight.addmm_(lora_b.float(), lora_a.float())
+    return weight if lora_b is None or lora_a is None else minus_product(weight, -lora_b, lora_a, weight)
 
 
 def _tensors(planned: PlannedModule, matrices: list[PackedMatrix]) -> dict[str, Array]:
     name, entry = planned.name, planned.entry
-    values = np.concatenate([to_numpy(matrix.values) for matrix in matrices])
-    tensors = {naming.values_name(name): pad_values(values, entry.encoding, entry.nnz)}
+    padding = stored_elements(entry.encoding, entry.nnz) - entry.nnz
+    values = torch.cat([*(matrix.values for matrix in matrices), matrices[0].values.new_zeros(padding)])
+    tensors = {naming.values_name(name): to_numpy(values)}
     if entry.pattern != "dense":
-        bitmap = pack_bitmap(np.stack([to_numpy(matrix.mask) for matrix in matrices]))
+        bitmap = np.stack([to_numpy(packed_bits(matrix.mask)) for matrix in matrices])
         tensors[naming.bitmap_name(name)] = bitmap
         tensors[naming.row_offsets_name(name)] = row_offsets(bitmap)
     for adapter_name, factors in (
@@ -214,8 +215,21 @@ def error_bound(planned: PlannedModule, mask_error: float) -> float:
     return mask_error * (1 - planned.residual_rank / min(planned.entry.shape[-2:]))
 
 
+def packed_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a mask (N, K) into a bitmap (N, ceil(K/8)) where it lies, so that a GPU hands over bits and not bytes."""
+    if not mask.is_cuda:
+        return torch.from_numpy(pack_bitmap(mask.numpy()))
+    bits = torch.nn.functional.pad(mask.byte(), (0, 8 * bitmap_width(mask.shape[1]) - mask.shape[1]))
+    packed = torch.zeros(bits.shape[0], bits.shape[1] // 8, dtype=torch.uint8, device=mask.device)
+    for bit in range(8):
+        packed |= bits[:, bit::8] << bit
+    return packed
+
+
 def squared_norm(matrix: torch.Tensor) -> float:
     """Return the squared Frobenius norm, accumulated in float64 from pieces of rows."""
+    if matrix.is_cuda:
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     rows = range(0, matrix.shape[0], _ERROR_ROWS)
     return math.fsum(float(matrix[row : row + _ERROR_ROWS].double().square().sum()) for row in rows)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..formats.reader import SalrFile
 from ..formats.writer import SalrWriter
 from .adapters import Adapter, is_adapter_directory
 from .budget import with_budget
-from .execution import Job, Outcome, Progress, one_thread_each, resolve_device, worker_count
+from .execution import Job, Outcome, Progress, beside, one_thread_each, resolve_device, worker_count
 from .options import ConvertOptions
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report
@@ -104,17 +103,23 @@ def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
     with (
         SalrWriter(out, plan.specs(), force=options.force, fresh=options.fresh) as writer,
         one_thread_each(worker_count(options, device)) as pool,
-        ThreadPoolExecutor(1) as hasher,  # beside the workers, which would otherwise wait for it
+        beside(2) as helpers,
     ):
-        hashes = {path: hasher.submit(sha256, path) for path in _source_paths(plan)}
+        copies = helpers.submit(_copy_unchanged, plan, writer)
+        hashes = {path: helpers.submit(sha256, path) for path in _source_paths(plan)}
         outcome = Job(plan, device, writer).run(pool, progress)
-        for tensor in plan.kept:
-            writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
-        for name, path in plan.assets():
-            writer.write_pieces(naming.ASSET_PREFIX + name, [path.read_bytes()])
+        copies.result()
         files = [{"name": path.name, "sha256": future.result()} for path, future in hashes.items()]
         writer.finish(_manifest(plan, outcome, device, files))
     return outcome
+
+
+def _copy_unchanged(plan: Plan, writer: SalrWriter) -> None:
+    """Write what is carried along bit for bit: tensors that stay dense, and assets."""
+    for tensor in plan.kept:
+        writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
+    for name, path in plan.assets():
+        writer.write_pieces(naming.ASSET_PREFIX + name, [path.read_bytes()])
 
 
 def _source_paths(plan: Plan) -> list[Path]:

@@ -176,7 +176,7 @@ class _BlockPacker:
             )
         adapted = _oriented(module, source.weight(module.entry.source_tensor))
         # Read again: (W + B A) - B A is not W to the last bit.
-        source_weight = checkpoint.read(module.entry.source_tensor).to(self._device, torch.float32)
+        source_weight = checkpoint.read(module.entry.source_tensor).to(self._device).float()
         target = _oriented(module, source_weight)
         if statistics.cross is not None:
             shift = adapted @ (statistics.cross - gram)

@@ -17,12 +17,12 @@ from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
 from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
 from ..formats.reader import SalrFile
-from .methods.alternating import minus_product
 from .options import ConvertOptions
 from .packing import error_bound, groups_of, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion
 from .plan import Plan, PlannedModule
 from .prune import Groups, keep_in_groups
+from .weighted import minus_product
 
 _RELATIVE = 1e-3
 _SMALLEST_SHARE = 1e-9

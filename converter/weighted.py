@@ -14,6 +14,7 @@ from .subspace import subspace_step
 
 DAMPING = 0.01
 _CG_STEPS = 10
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,21 @@ def balance(lora_b: torch.Tensor, lora_a: torch.Tensor) -> tuple[torch.Tensor, t
     return fix_signs((basis @ left[:, :rank] * root[:rank]).float(), (root[:rank, None] * right[:rank]).float())
 
 
+def minus_product(
+    weight: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return W - B A in float32, in ``out`` if given, which may be W.
+
+    The product is computed in float64, where bf16 factors multiply and add (nearly) exactly.
+    """
+    lora_a, lora_b = lora_a.double(), lora_b.double()
+    exact = torch.empty_like(weight) if out is None else out
+    for row in range(0, weight.shape[0], _ROWS):
+        piece = slice(row, row + _ROWS)
+        exact[piece] = weight[piece].double() - lora_b[piece] @ lora_a
+    return exact
+
+
 def refit_values(
     target: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, steps: int = _CG_STEPS
 ) -> torch.Tensor:
@@ -102,7 +118,7 @@ def refit_values(
 def output_energy(error: torch.Tensor, gram: torch.Tensor) -> float:
     """Return tr(E H E^T), summed in float64 from pieces of rows."""
     total = 0.0
-    for row in range(0, error.shape[0], 256):
-        piece = error[row : row + 256]
+    for row in range(0, error.shape[0], _ROWS):
+        piece = error[row : row + _ROWS]
         total += float(((piece @ gram) * piece).double().sum())
     return total

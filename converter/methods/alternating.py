@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..subspace import start_basis, subspace_step
-from ..weighted import ScaledGram, refine_factors, scaled_gram
+from ..weighted import ScaledGram, minus_product, refine_factors, scaled_gram
 from .problem import Problem, Solution, stored_factors
 
 MOMENTUM = 0.8
@@ -46,13 +46,3 @@ def _alternate(problem: Problem, scaled: torch.Tensor, gram: ScaledGram) -> tupl
         basis = subspace_step(rest, basis, gram.matrix)
         low_rank = basis @ (basis.T @ rest)
     return low_rank, basis
-
-
-def minus_product(weight: torch.Tensor, lora_b: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
-    """Return W - B A in float32; the product in float64, where bf16 factors multiply and add (nearly) exactly."""
-    lora_a, lora_b = lora_a.double(), lora_b.double()
-    exact = torch.empty_like(weight)
-    for row in range(0, weight.shape[0], 256):
-        piece = slice(row, row + 256)
-        exact[piece] = weight[piece].double() - lora_b[piece] @ lora_a
-    return exact

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..subspace import start_basis, subspace_step
-from ..weighted import ScaledGram, refine_factors, refit_values, scaled_gram
+from ..weighted import ScaledGram, minus_product, refine_factors, refit_values, scaled_gram
 from .alternating import MOMENTUM
 from .problem import Problem, Solution, stored_factors
 from .wanda import required_gram
@@ -35,7 +35,7 @@ def joint(problem: Problem) -> Solution:
         return Solution(mask, None, None, sparse / gram.scale)
     basis = subspace_step(scaled - sparse, basis, gram.matrix)
     lora_b, lora_a = stored_factors(*refine_factors(scaled - sparse, basis, gram), problem.dtype)
-    target = (problem.weight - lora_b.float() @ lora_a.float()) * gram.scale
+    target = minus_product(problem.weight, lora_b, lora_a) * gram.scale
     return Solution(mask, lora_b, lora_a, refit_values(target, sparse, mask, gram.correlation) / gram.scale)
 
 
