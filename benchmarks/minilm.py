@@ -20,7 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from salr.converter.options import CalibrationOptions, ConvertOptions, ModuleOptions
+from salr.converter.module_options import ModuleOptions
+from salr.converter.options import CalibrationOptions, ConvertOptions
 
 import salr
 from salr.evaluation.models import load_model

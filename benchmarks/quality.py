@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from large_shape import measure_time
-from salr.converter.options import CalibrationOptions, ConvertOptions, ModuleOptions
+from salr.converter.module_options import ModuleOptions
+from salr.converter.options import CalibrationOptions, ConvertOptions
 
 import salr
 from salr.evaluation.models import load_model

@@ -17,7 +17,8 @@ import torch
 from ..formats.bitmap import bitmap_width
 from ..formats.dtypes import DTYPE_BITS
 from ..formats.errors import CalibrationError, OptionError
-from .options import ConvertOptions, ModuleOptions
+from .module_options import ModuleOptions
+from .options import ConvertOptions
 from .plan import Plan, PlannedModule, n_removed
 from .prune import Groups, keep_in_groups
 from .sequential import open_block_run

@@ -1,36 +1,26 @@
-"""What a conversion may be asked for, and the overrides for single modules.
+"""What a conversion may be asked for.
 
 Invariant: an options object is valid in itself; what depends on the checkpoint is checked by the plan.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import math
-import re
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from decimal import Decimal
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..formats.errors import OptionError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .module_options import SETTINGS, ModuleOptions, matches
 
 SCOPES = ("layer", "row", "global")
 PATTERNS = ("unstructured", "2:4")
-DEFAULT_RANK = 64
 DEFAULT_ROUNDS = 60
 SYNTHETIC = "synthetic"
 SYNTHETIC_SAMPLES = 16
 NO_DATA = "none"
-MAX_SPARSITY = 0.95
 
 
 @dataclass(frozen=True)
@@ -55,29 +45,6 @@ METHODS = {
     "sparsegpt": Method(True, "layer", "refit", sequential=True),
     "joint": Method(True, "row", "refit", sequential=True, corrects=True),
 }
-
-
-@dataclass(frozen=True)
-class ModuleOptions:
-    """How one module is pruned.
-
-    Args:
-        sparsity: fraction removed, 0 to 0.95.
-        rank: of the residual adapter; 0 for none; None for 64, or min(N, K) where that is less.
-    """
-
-    sparsity: float = 0.5
-    rank: int | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity <= MAX_SPARSITY):
-            raise OptionError(f"sparsity {self.sparsity}", needed=f"0 to {MAX_SPARSITY} (the fraction removed)")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 0):
-            raise OptionError(f"rank {self.rank}", needed="an integer, 0 or more")
-
-    def n_removed(self, n_elements: int) -> int:
-        """Return floor(sparsity * n) in decimal arithmetic, so that 0.7 of 10 is 7."""
-        return math.floor(Decimal(repr(float(self.sparsity))) * n_elements)
 
 
 @dataclass(frozen=True)
@@ -130,7 +97,7 @@ class ConvertOptions:
         force: replace an existing output. fresh: discard what an interrupted run left.
     """
 
-    module: ModuleOptions = ModuleOptions()
+    module: ModuleOptions = field(default_factory=ModuleOptions)
     method: str | None = None
     scope: str | None = None
     pattern: str = "unstructured"
@@ -179,11 +146,10 @@ class ConvertOptions:
 
     def _check_names(self) -> None:
         """Refuse unknown settings and two adapters of one name."""
-        known = [f.name for f in fields(ModuleOptions)]
         for pattern, settings in self.overrides:
             for name in settings:
-                if name not in known:
-                    raise OptionError(f"--set {pattern}: unknown setting {name!r}", needed=", ".join(known))
+                if name not in SETTINGS:
+                    raise OptionError(f"--set {pattern}: unknown setting {name!r}", needed=", ".join(SETTINGS))
         names = [name for name, _ in self.adapters]
         if len(set(names)) != len(names):
             raise OptionError("two adapters have one name", fix="name them: --adapter NAME=DIR")
@@ -222,8 +188,8 @@ class ConvertOptions:
     def recorded(self) -> dict[str, Any]:
         """Return the options that shape the bytes, for the manifest."""
         return {
+            **asdict(self.module),
             "sparsity": float(self.module.sparsity),
-            "rank": self.module.rank,
             "method": self.chosen_method,
             "scope": self.chosen_scope,
             "pattern": self.pattern,
@@ -245,7 +211,7 @@ class ConvertOptions:
             pattern=recorded.get("pattern", "unstructured"),
             rounds=recorded.get("rounds", DEFAULT_ROUNDS),
             calibration=CalibrationOptions(SYNTHETIC) if recorded.get("calibration") else None,
-            module=ModuleOptions(recorded["sparsity"], recorded["rank"]),
+            module=ModuleOptions(**{name: recorded[name] for name in SETTINGS if name in recorded}),
             method=recorded["method"],
             scope=recorded["scope"],
             include=tuple(recorded["include"]),
@@ -262,54 +228,3 @@ def _is_positive(value: object) -> bool:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionError(f"{name} {value!r}", needed="one of " + ", ".join(choices))
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Tell whether a glob, or a regular expression after ``re:``, matches a whole module name.
-
-    Raises:
-        OptionError: the regular expression is invalid.
-    """
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise OptionError(f"pattern {pattern!r} is no regular expression ({error})") from error
-
-
-def parse_override(text: str) -> tuple[str, dict[str, Any]]:
-    """Parse ``PATTERN k=v,k=v``.
-
-    Raises:
-        OptionError: it has another form, or a value is no number.
-    """
-    pattern, _, settings = text.strip().partition(" ")
-    parsed: dict[str, Any] = {}
-    for part in filter(None, settings.replace(" ", "").split(",")):
-        key, _, value = part.partition("=")
-        try:
-            parsed[key] = int(value) if key == "rank" else float(value)
-        except ValueError as error:
-            raise OptionError(f"--set {text!r}: {part!r}", needed="key=number") from error
-    if not parsed:
-        raise OptionError(f"--set {text!r}", needed="'PATTERN key=value,key=value'")
-    return pattern, parsed
-
-
-def read_recipe(path: Path) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Read overrides from TOML: a table for each pattern, its keys the settings, later tables winning.
-
-    Raises:
-        OptionError: the file is missing, is not TOML, or a top-level key is no table.
-    """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"cannot be read ({error.strerror})", path=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"is not TOML ({error})", path=path) from error
-    for pattern, settings in tables.items():
-        if not isinstance(settings, dict):
-            raise OptionError(f"key {pattern!r} is no table", path=path, needed='["PATTERN"] with sparsity = or rank =')
-    return tuple(tables.items())

@@ -18,11 +18,12 @@ from ..formats.dtypes import Array, storage_dtype
 from ..formats.errors import SourceError
 from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
 from ..formats.values import stored_elements
-from .methods import Problem, Solution, solve
+from .methods import Factors, Problem, Solution, solve
 from .options import METHODS, ConvertOptions
 from .plan import PlannedModule
 from .prune import Groups
-from .sources import Checkpoint
+from .quantization import Quantized, Quantizer
+from .sources import TORCH_ENCODINGS, Checkpoint
 from .weighted import minus_product, output_energy
 
 _ERROR_ROWS = 256
@@ -48,12 +49,14 @@ class PackedModule:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """One (N, K) matrix as stored: mask, kept values (nnz,), factors, and squared errors; ``output`` with data only."""
+    """One (N, K) matrix as stored: mask, kept values (nnz,) or codes, factors, and squared errors.
+
+    ``output`` is there with data only.
+    """
 
     mask: torch.Tensor
-    values: torch.Tensor
-    lora_A: torch.Tensor | None
-    lora_B: torch.Tensor | None
+    values: torch.Tensor | Quantized
+    factors: Factors | None
     energy: float
     mask_energy: float
     residual_energy: float
@@ -61,7 +64,11 @@ class PackedMatrix:
 
     def weight(self) -> torch.Tensor:
         """Return S + B A (N, K) in float32."""
-        return stored_weight(self.mask, self.values, self.lora_B, self.lora_A)
+        return stored_weight(self.mask, self.values, self.factors)
+
+    def kept(self) -> torch.Tensor:
+        """Return the kept values (nnz,) in their dtype, or their codes, one a byte."""
+        return self.values.codes[self.mask] if isinstance(self.values, Quantized) else self.values
 
 
 def pack_module(
@@ -100,8 +107,15 @@ def used_method(method: str, has_data: bool) -> str:
 def values_from(planned: PlannedModule, method: str) -> str:
     """Return where the kept values of a module come from when ``method`` packs it."""
     kind = METHODS[method].values_from
-    is_changed = planned.entry.pattern != "dense" and (planned.residual_rank or kind == "refit")
+    if planned.entry.group_size is not None and kind == "source_minus_residual":
+        return "refit"  # codes and residual were fitted to each other in turn
+    is_changed = is_solved(planned.entry) and (planned.residual_rank or kind == "refit")
     return kind if is_changed else "source"
+
+
+def is_solved(entry: ModuleEntry) -> bool:
+    """Tell whether a method decides about a module: it is pruned, or its values are quantized."""
+    return entry.pattern != "dense" or entry.group_size is not None
 
 
 def _sources(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
@@ -124,13 +138,24 @@ def _pack_matrix(
         raise SourceError(
             "holds NaN or infinity", path=checkpoint.directory, tensor=planned.entry.source_tensor, fix="save it again"
         )
-    if planned.entry.pattern == "dense":
-        solution = Solution(torch.ones_like(weight, dtype=torch.bool), None, None)
+    problem = _problem(planned, weight, source.dtype, options, calibrated)
+    if problem.quantizer is not None and not problem.quantizer.fits(weight):
+        raise SourceError(
+            f"weights of up to {float(weight.abs().max()):.3g} leave {problem.quantizer.encoding} scales that float16 "
+            "cannot hold",
+            path=checkpoint.directory,
+            tensor=planned.entry.source_tensor,
+            fix=f"--set '{planned.name} values=source'",
+        )
+    if planned.entry.pattern == "dense" and problem.quantizer is None:
+        solution = Solution(torch.ones_like(weight, dtype=torch.bool))
     else:
-        solution = solve(method, _problem(planned, weight, source.dtype, options, calibrated))
-    values = source[solution.mask]
-    if solution.values is not None:
-        values = solution.values[solution.mask].to(source.dtype)
+        solution = solve(method, problem)
+    values: torch.Tensor | Quantized = source[solution.mask].to(problem.dtype)
+    if isinstance(solution.values, Quantized):
+        values = solution.values
+    elif solution.values is not None:
+        values = solution.values[solution.mask].to(problem.dtype)
     return _measured(solution, values, weight, None if calibrated is None else calibrated.gram)
 
 
@@ -141,15 +166,18 @@ def _problem(
     options: ConvertOptions,
     calibrated: Calibrated | None,
 ) -> Problem:
-    n_matrices = planned.entry.shape[0] if len(planned.entry.shape) == 3 else 1
+    entry = planned.entry
+    n_matrices = entry.shape[0] if len(entry.shape) == 3 else 1
     return Problem(
         weight=weight if calibrated is None else calibrated.target,
-        n_kept=planned.entry.nnz // n_matrices,
-        groups=groups_of(planned.entry.pattern, options.chosen_scope),
+        n_kept=entry.nnz // n_matrices,
+        groups=groups_of(entry.pattern, options.chosen_scope),
         rank=planned.residual_rank,
         rounds=options.rounds,
-        dtype=dtype,
+        dtype=TORCH_ENCODINGS.get(entry.encoding, dtype),
         gram=None if calibrated is None else calibrated.gram,
+        quantizer=None if entry.group_size is None else Quantizer(entry.encoding, entry.group_size),
+        factor_dtype=torch.int8 if planned.residual_dtype == "I8" else dtype,
     )
 
 
@@ -161,44 +189,63 @@ def groups_of(pattern: str, scope: str) -> Groups:
 
 
 def _measured(
-    solution: Solution, values: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None
+    solution: Solution, values: torch.Tensor | Quantized, weight: torch.Tensor, gram: torch.Tensor | None
 ) -> PackedMatrix:
     energy, output = squared_norm(weight), None
-    stored = stored_weight(solution.mask, values, solution.lora_B, solution.lora_A)
+    stored = stored_weight(solution.mask, values, solution.factors)
     if gram is not None:
         output = output_energy(weight - stored, gram) / (output_energy(weight, gram) or 1.0)
     residual_energy = squared_norm(weight - stored)
     mask_energy = squared_norm(weight.masked_fill_(solution.mask, 0))
-    return PackedMatrix(
-        solution.mask, values, solution.lora_A, solution.lora_B, energy, mask_energy, residual_energy, output
-    )
+    return PackedMatrix(solution.mask, values, solution.factors, energy, mask_energy, residual_energy, output)
 
 
-def stored_weight(
-    mask: torch.Tensor, values: torch.Tensor, lora_b: torch.Tensor | None, lora_a: torch.Tensor | None
-) -> torch.Tensor:
-    """Return S + B A (N, K) in float32 from kept values (nnz,) and factors."""
-    weight = torch.zeros(mask.shape, device=mask.device)
-    weight[mask] = values.float()
-    return weight if lora_b is None or lora_a is None else minus_product(weight, -lora_b, lora_a, weight)
+def stored_weight(mask: torch.Tensor, values: torch.Tensor | Quantized, factors: Factors | None) -> torch.Tensor:
+    """Return S + B A (N, K) in float32 from kept values (nnz,) or codes, and factors."""
+    if isinstance(values, Quantized):
+        weight = values.values(mask)
+    else:
+        weight = torch.zeros(mask.shape, device=mask.device)
+        weight[mask] = values.float()
+    return weight if factors is None else minus_product(weight, -factors.scaled_b(), factors.lora_A, weight)
 
 
 def _tensors(planned: PlannedModule, matrices: list[PackedMatrix]) -> dict[str, Array]:
     name, entry = planned.name, planned.entry
-    padding = stored_elements(entry.encoding, entry.nnz) - entry.nnz
-    values = torch.cat([*(matrix.values for matrix in matrices), matrices[0].values.new_zeros(padding)])
-    tensors = {naming.values_name(name): to_numpy(values)}
+    tensors = {naming.values_name(name): _encoded(entry, matrices)}
+    if entry.group_size is not None:
+        scales = [m.values.scales.half() for m in matrices if isinstance(m.values, Quantized)]
+        tensors[naming.scales_name(name)] = _stacked(entry, scales)
     if entry.pattern != "dense":
         bitmap = np.stack([to_numpy(packed_bits(matrix.mask)) for matrix in matrices])
         tensors[naming.bitmap_name(name)] = bitmap
         tensors[naming.row_offsets_name(name)] = row_offsets(bitmap)
-    for adapter_name, factors in (
-        (naming.lora_a_name(name, RESIDUAL), [matrix.lora_A for matrix in matrices]),
-        (naming.lora_b_name(name, RESIDUAL), [matrix.lora_B for matrix in matrices]),
-    ):
-        if planned.residual_rank:
-            tensors[adapter_name] = np.stack([to_numpy(factor) for factor in factors if factor is not None])
+    factors = [matrix.factors for matrix in matrices if matrix.factors is not None]
+    if factors:
+        tensors[naming.lora_a_name(name, RESIDUAL)] = _stacked(entry, [f.lora_A for f in factors])
+        tensors[naming.lora_b_name(name, RESIDUAL)] = _stacked(entry, [f.lora_B for f in factors])
+        if factors[0].rank_scales is not None:
+            tensors[naming.rank_scales_name(name, RESIDUAL)] = to_numpy(factors[0].rank_scales)
     return tensors
+
+
+def _stacked(entry: ModuleEntry, parts: list[torch.Tensor]) -> Array:
+    """Return the experts' tensors as one array, or the only matrix's own."""
+    return np.stack([to_numpy(part) for part in parts]) if len(entry.shape) == 3 else to_numpy(parts[0])
+
+
+def _encoded(entry: ModuleEntry, matrices: list[PackedMatrix]) -> Array:
+    """Return the ``values`` tensor: kept values or codes of all matrices, two codes a byte for nf4, and padding."""
+    kept = packed_codes(torch.cat([matrix.kept() for matrix in matrices]), entry.encoding)
+    return to_numpy(torch.nn.functional.pad(kept, (0, stored_elements(entry.encoding, entry.nnz) - len(kept))))
+
+
+def packed_codes(codes: torch.Tensor, encoding: str) -> torch.Tensor:
+    """Return nf4 codes two to a byte, the first in the low nibble; other values as they are."""
+    if encoding != "nf4":
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
+    return codes[0::2] | codes[1::2] << 4
 
 
 def _error(planned: PlannedModule, matrices: list[PackedMatrix]) -> ErrorEntry:

@@ -19,13 +19,16 @@ from ..formats.errors import OptionError, SourceError
 from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
 from .adapters import Adapter
 from .architecture import Architecture
-from .options import DEFAULT_RANK, ConvertOptions, ModuleOptions
+from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
+from .options import ConvertOptions
 from .prune import global_kept_counts
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources import Checkpoint, SourceTensor
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
 _ENCODINGS = {dtype: encoding for encoding, dtype in FLOAT_ENCODINGS.items()}
+#: of the scales of int8 and nf4 values
+SCALES_DTYPE = "F16"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PlannedModule:
     entry: ModuleEntry
     trained: tuple[TrainedPair, ...]
     reason: str
+    residual_dtype: str = ""
 
     @property
     def residual_rank(self) -> int:
@@ -44,13 +48,19 @@ class PlannedModule:
 
     def specs(self) -> list[TensorSpec]:
         """Return every tensor the module will have."""
-        specs = naming.module_specs(self.name, self.entry)
+        scales = naming.scales_name(self.name)
+        specs = [
+            replace(spec, dtype=SCALES_DTYPE) if spec.name == scales else spec
+            for spec in naming.module_specs(self.name, self.entry)
+        ]
         dtypes = {t.adapter.name: (t.pair.lora_A.dtype, t.pair.lora_B.dtype) for t in self.trained}
         for adapter in self.entry.adapters:
             names = naming.lora_a_name(self.name, adapter.name), naming.lora_b_name(self.name, adapter.name)
-            factor_dtypes = dtypes.get(adapter.name, (self.entry.dtype, self.entry.dtype))
+            factor_dtypes = dtypes.get(adapter.name, (self.residual_dtype, self.residual_dtype))
             shapes = naming.adapter_shapes(self.entry, adapter.rank)
             specs += [TensorSpec(*spec) for spec in zip(names, factor_dtypes, shapes, strict=True)]
+            if "I8" in factor_dtypes:
+                specs.append(TensorSpec(naming.rank_scales_name(self.name, adapter.name), "F32", (adapter.rank,)))
         return specs
 
 
@@ -131,13 +141,25 @@ def _plan_module(
         dtype=tensor.dtype,
         nnz=(n_rows * n_columns - removed) * (experts[0] if experts else 1),
         pattern=options.pattern if removed else "dense",
-        encoding=_ENCODINGS[tensor.dtype],
+        encoding=_ENCODINGS[tensor.dtype] if settings.values == SOURCE else settings.values,
         values_from="source",  # until it is packed: `packing.values_from` knows which method did it
+        group_size=settings.group_size if settings.is_quantized else None,
     )
-    rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if removed else 0
+    rank = 0
+    if removed or settings.is_quantized:
+        rank = _residual_rank(choice.module, settings, min(n_rows, n_columns))
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
     adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
-    return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
+    entry = replace(entry, adapters=tuple(adapters))
+    residual_dtype = "I8" if settings.adapter_values == "int8" else tensor.dtype
+    if residual_dtype == "I8" and rank and experts:
+        raise OptionError(
+            "adapter_values int8 for stacked experts",
+            tensor=choice.module,
+            needed="float factors",
+            fix=f"--set '{choice.module} adapter_values=source'",
+        )
+    return PlannedModule(choice.module, entry, tuple(trained), reason, residual_dtype)
 
 
 def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:

@@ -11,7 +11,8 @@ from ..formats import naming
 from ..formats.errors import AdapterError, OptionError, SourceError
 from .adapters import Adapter, LoraPair
 from .architecture import Architecture, Role
-from .options import ConvertOptions, matches
+from .module_options import matches
+from .options import ConvertOptions
 from .sources import FLOAT_TORCH_DTYPES, Checkpoint, SourceTensor
 
 

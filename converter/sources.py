@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..formats.container import Container
-from ..formats.dtypes import storage_dtype
+from ..formats.dtypes import FLOAT_ENCODINGS, storage_dtype
 from ..formats.errors import FormatError, SourceError
 
 TORCH_DTYPES = {
@@ -29,6 +29,7 @@ TORCH_DTYPES = {
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
 FLOAT_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_ENCODINGS = {encoding: FLOAT_TORCH_DTYPES[dtype] for encoding, dtype in FLOAT_ENCODINGS.items()}
 
 _ASSETS = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",

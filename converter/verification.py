@@ -16,12 +16,15 @@ import torch
 from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
 from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
+from ..formats.module import ModuleTensors
 from ..formats.reader import SalrFile
 from .options import ConvertOptions
-from .packing import error_bound, groups_of, squared_norm, to_numpy, used_method, values_from
+from .packing import error_bound, groups_of, packed_codes, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion
 from .plan import Plan, PlannedModule
 from .prune import Groups, keep_in_groups
+from .quantization import Quantizer
+from .sources import TORCH_ENCODINGS
 from .weighted import minus_product
 
 _RELATIVE = 1e-3
@@ -121,11 +124,14 @@ def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | 
 
 def _expected_values(file: SalrFile, name: str, source: torch.Tensor, mask: BoolArray) -> Array | None:
     """Return the kept values (nnz,) that follow from the source and the stored factors; None for refitted ones."""
-    kind = file.modules[name].values_from
-    if kind == "source":
-        return to_numpy(source)[mask]
-    if kind == "refit":
+    entry = file.modules[name]
+    if entry.values_from == "refit":
         return None
+    if entry.group_size is not None:
+        return _expected_codes(file.module(name), source, mask)
+    dtype = TORCH_ENCODINGS[entry.encoding]
+    if entry.values_from == "source":
+        return to_numpy(source.to(dtype))[mask]
     pair = next(pair for pair in file.pairs(name) if pair.name == RESIDUAL)
     lora_b, lora_a = (torch.from_numpy(to_float32(factor, pair.dtype)) for factor in (pair.lora_B, pair.lora_A))
     if source.ndim == 3:
@@ -133,7 +139,17 @@ def _expected_values(file: SalrFile, name: str, source: torch.Tensor, mask: Bool
         exact = torch.stack([minus_product(*part) for part in parts])
     else:
         exact = minus_product(source.float(), lora_b, lora_a)
-    return to_numpy(exact.to(source.dtype))[mask]
+    return to_numpy(exact.to(dtype))[mask]
+
+
+def _expected_codes(tensors: ModuleTensors, source: torch.Tensor, mask: BoolArray) -> Array:
+    """Return the codes nearest to the source's kept weights, under the stored scales."""
+    entry, scales = tensors.entry, tensors.scales
+    assert entry.group_size is not None and scales is not None
+    quantizer = Quantizer(entry.encoding, entry.group_size)
+    scale = quantizer.each(torch.from_numpy(scales).flatten(0, -2), entry.n_columns)
+    codes = quantizer.codes(source.float().reshape(scale.shape), scale)
+    return packed_codes(codes[torch.from_numpy(mask).reshape(scale.shape)], entry.encoding).numpy()
 
 
 def _expected_mask(planned: PlannedModule, source: torch.Tensor, groups: Groups) -> BoolArray:

@@ -14,9 +14,9 @@ if not (_package_dir / "converter").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .converter.module_options import ModuleOptions as ModuleOptions
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
-    from .converter.options import ModuleOptions as ModuleOptions
     from .converter.pipeline import convert as convert
     from .converter.report import ConvertReport as ConvertReport
     from .converter.unpack import unpack as unpack
@@ -33,7 +33,7 @@ _PUBLIC = {
     "ConvertReport": ".converter.report",
     "EvalOptions": ".evaluation.protocol",
     "EvalResult": ".evaluation.results",
-    "ModuleOptions": ".converter.options",
+    "ModuleOptions": ".converter.module_options",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
     "convert": ".converter.pipeline",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from .alternating import alternating
 from .joint import joint
 from .magnitude import magnitude
-from .problem import Problem, Solution
+from .problem import Factors, Problem, Solution
 from .sparsegpt import sparsegpt
 from .wanda import wanda
 
@@ -29,4 +29,4 @@ def solve(method: str, problem: Problem) -> Solution:
     return _METHODS[method](problem)
 
 
-__all__ = ["Problem", "Solution", "solve"]
+__all__ = ["Factors", "Problem", "Solution", "solve"]

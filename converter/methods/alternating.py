@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from ..subspace import start_basis, subspace_step
-from ..weighted import ScaledGram, minus_product, refine_factors, scaled_gram
-from .problem import Problem, Solution, stored_factors
+from ..weighted import ScaledGram, refine_factors, scaled_gram
+from .problem import Problem, Solution
 
 MOMENTUM = 0.8
+_QUANTIZED_ROUNDS = 4
 
 
 def alternating(problem: Problem) -> Solution:
@@ -22,14 +23,35 @@ def alternating(problem: Problem) -> Solution:
     gram = ScaledGram.identity(problem.weight) if problem.gram is None else scaled_gram(problem.gram)
     scaled = problem.weight if gram.matrix is None else problem.weight * gram.scale
     if not problem.rank:
-        return Solution(problem.keep(scaled.abs()), None, None)
+        mask = problem.keep(scaled.abs())
+        return Solution(mask, None, problem.quantized(problem.weight, mask, gram.scale.square()))
     low_rank, basis = _alternate(problem, scaled, gram)
     mask = problem.keep((scaled - low_rank).abs())
+    if problem.quantizer is not None:
+        return _quantized(problem, scaled, low_rank, basis, mask, gram)
     rest = torch.where(mask, low_rank, scaled)
     del low_rank
-    lora_b, lora_a = stored_factors(*refine_factors(rest, basis, gram), problem.dtype)
+    factors = problem.factors(*refine_factors(rest, basis, gram))
     del rest
-    return Solution(mask, lora_b, lora_a, minus_product(problem.weight, lora_b, lora_a))
+    return Solution(mask, factors, factors.subtracted(problem.weight))
+
+
+def _quantized(
+    problem: Problem,
+    scaled: torch.Tensor,
+    low_rank: torch.Tensor,
+    basis: torch.Tensor,
+    mask: torch.Tensor,
+    gram: ScaledGram,
+) -> Solution:
+    """Alternate rounding and low-rank part, which comes last and so repairs the rounding: LoftQ (Li et al. 2023)."""
+    for _ in range(_QUANTIZED_ROUNDS):
+        values = problem.quantized((scaled - low_rank) / gram.scale, mask, gram.scale.square())
+        assert values is not None
+        lost = scaled - values.values(mask) * gram.scale
+        basis = subspace_step(lost, basis, gram.matrix)
+        low_rank = basis @ (basis.T @ lost)
+    return Solution(mask, problem.factors(*refine_factors(lost, basis, gram)), values)
 
 
 def _alternate(problem: Problem, scaled: torch.Tensor, gram: ScaledGram) -> tuple[torch.Tensor, torch.Tensor]:

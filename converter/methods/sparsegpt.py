@@ -1,7 +1,7 @@
 """SparseGPT (Frantar & Alistarh, ICML 2023) with a weighted low-rank correction.
 
 Columns are pruned from left to right in pieces of 128; what removing a weight costs is made up for by the columns still
-to come, through the Cholesky factor of the inverse Gram matrix.
+to come, through the Cholesky factor of the inverse Gram matrix. Quantized values are compensated in a second pass.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 
+from ..quantization import compensated
 from ..weighted import damped_gram, scaled_gram, weighted_svd
-from .problem import Problem, Solution, stored_factors
+from .problem import Problem, Solution
 from .wanda import required_gram
 
 _COLUMNS = 128
@@ -23,10 +24,12 @@ def sparsegpt(problem: Problem) -> Solution:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_gram(gram)))
     inverse_factor = torch.linalg.cholesky(inverse, upper=True)
     mask, sparse = _prune_columns(problem, inverse_factor)
+    values = None if problem.quantizer is None else compensated(sparse, mask, problem.quantizer, damped_gram(gram))
     if not problem.rank:
-        return Solution(mask, None, None, sparse)
-    factors = weighted_svd(problem.weight - sparse, scaled_gram(gram), problem.rank)
-    return Solution(mask, *stored_factors(*factors, problem.dtype), sparse)
+        return Solution(mask, None, values or sparse)
+    stored = sparse if values is None else values.values(mask)
+    factors = weighted_svd(problem.weight - stored, scaled_gram(gram), problem.rank)
+    return Solution(mask, problem.factors(*factors), values or sparse)
 
 
 def _prune_columns(problem: Problem, inverse_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

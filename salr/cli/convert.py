@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face model or PEFT LoRA directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.salr", help="The file to make.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction removed, 0 to 0.95.")] = 0.5,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction removed, 0 to 0.95.", show_default="0.5")] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the residual adapter, 0 for none.", show_default="64")
     ] = None,
@@ -34,6 +34,19 @@ def convert(
             help="magnitude (the paper), alternating, wanda, sparsegpt or joint.",
             show_default="alternating; joint with a text",
         ),
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Of kept weights: source, bf16, fp16, fp32, int8 or nf4.", show_default="source")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale, for int8 and nf4.", show_default="128")
+    ] = None,
+    adapter_values: Annotated[
+        str | None, typer.Option(help="The residual's storage: source or int8.", show_default="source")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="exact, balanced or small: a measured recipe; single options override it."),
     ] = None,
     scope: Annotated[
         str | None,
@@ -76,12 +89,20 @@ def convert(
     verbose: console.Verbose = False,
 ) -> None:
     """Convert SRC (a Hugging Face model directory, or a LoRA directory with --base) to one .salr file."""
-    from ..converter.options import ConvertOptions, ModuleOptions, parse_override, read_recipe
+    from ..converter.module_options import module_options, parse_override, read_recipe
+    from ..converter.options import ConvertOptions
     from ..converter.pipeline import convert_plan, plan_conversion
     from ..formats.output_file import check_output
 
     options = ConvertOptions(
-        module=ModuleOptions(sparsity, rank),
+        module=module_options(
+            preset,
+            sparsity=sparsity,
+            rank=rank,
+            values=values,
+            group_size=group_size,
+            adapter_values=adapter_values,
+        ),
         method=method,
         scope=scope,
         pattern=pattern,

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from salr.converter.options import ConvertOptions, ModuleOptions
+from salr.converter.module_options import ModuleOptions
+from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
 from salr.formats.errors import OptionError, SourceError
 

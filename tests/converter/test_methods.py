@@ -51,9 +51,7 @@ def stored(problem: Problem, solution: Solution) -> torch.Tensor:
     """Return S + B A as the file would hold it."""
     values = problem.weight if solution.values is None else solution.values.to(problem.dtype).float()
     sparse = values.masked_fill(~solution.mask, 0)
-    if solution.lora_B is None or solution.lora_A is None:
-        return sparse
-    return sparse + solution.lora_B.float() @ solution.lora_A.float()
+    return sparse if solution.factors is None else solution.factors.subtracted(sparse.neg()).neg()
 
 
 def frobenius(problem: Problem, method: str) -> float:
@@ -75,8 +73,8 @@ def test_every_method_keeps_the_exact_number_in_every_group(method, scope, rank)
         assert set(solution.mask.sum(1).tolist()) == {61}
     if scope == "2:4":
         assert set(solution.mask.reshape(-1, 4).sum(1).tolist()) == {2}
-    shapes = [None if factor is None else tuple(factor.shape) for factor in (solution.lora_B, solution.lora_A)]
-    assert shapes == ([(20, 3), (3, 132)] if rank else [None, None])
+    shapes = solution.factors and [tuple(solution.factors.lora_B.shape), tuple(solution.factors.lora_A.shape)]
+    assert shapes == ([(20, 3), (3, 132)] if rank else None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,11 +82,11 @@ def test_every_method_keeps_the_exact_number_in_every_group(method, scope, rank)
 def test_the_same_problem_gives_the_same_bits_and_factors_in_the_files_dtype(method, dtype):
     first, second = (solve(method, problem_of(dtype=dtype)) for _ in range(2))
     assert torch.equal(first.mask, second.mask)
-    for name in ("lora_B", "lora_A", "values"):
-        one, two = getattr(first, name), getattr(second, name)
+    pairs = ((first.factors.lora_B, second.factors.lora_B), (first.factors.lora_A, second.factors.lora_A))
+    for one, two in (*pairs, (first.values, second.values)):
         assert (one is None and two is None) or torch.equal(one, two)
-    assert first.lora_A.dtype == first.lora_B.dtype == dtype
-    peaks = first.lora_B.float().gather(0, first.lora_B.float().abs().argmax(0, keepdim=True))
+    assert first.factors.lora_A.dtype == first.factors.lora_B.dtype == dtype
+    peaks = first.factors.lora_B.float().gather(0, first.factors.lora_B.float().abs().argmax(0, keepdim=True))
     assert (peaks > 0).all()
 
 
@@ -128,7 +126,7 @@ def test_joints_values_are_the_least_squares_ones_beside_the_factors_as_stored(s
     solution = solve("joint", problem)
     gram = problem.gram.double()
     root = torch.linalg.cholesky(gram + 0.01 * gram.diagonal().mean() * torch.eye(gram.shape[0])).T
-    target = (problem.weight.double() - solution.lora_B.double() @ solution.lora_A.double()) @ root.T
+    target = (problem.weight.double() - solution.factors.lora_B.double() @ solution.factors.lora_A.double()) @ root.T
     found = least = 0.0
     for row, kept, values in zip(target, solution.mask, solution.values.double(), strict=True):
         best = torch.linalg.lstsq(root[:, kept], row[:, None]).solution[:, 0]
@@ -150,7 +148,7 @@ def test_magnitude_is_the_papers_mask_and_svd():
     size = problem.weight.abs()
     assert solution.values is None and size[solution.mask].min() >= size[~solution.mask].max()
     expected = torch.linalg.multi_dot(truncated_svd(problem.weight.masked_fill(solution.mask, 0), 5))
-    torch.testing.assert_close(solution.lora_B @ solution.lora_A, expected)
+    torch.testing.assert_close(solution.factors.lora_B @ solution.factors.lora_A, expected)
 
 
 def test_wanda_scores_by_weight_times_norm_of_the_input_and_keeps_the_sources_bits():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from salr.converter.options import ConvertOptions, ModuleOptions, matches, parse_override, read_recipe
+from salr.converter.module_options import ModuleOptions, matches, parse_override, read_recipe
+from salr.converter.options import ConvertOptions
 from salr.formats.errors import OptionError
 
 
