@@ -73,8 +73,11 @@ def measure_time(bench: Any) -> None:
     """Seconds for Llama-3-8B's shape; random tokens stand for text, which takes the same time."""
     n_blocks = bench.args.blocks
     with tempfile.TemporaryDirectory() as folder:
-        source = write_llama8b(Path(folder), n_blocks)
-        print(f"# wrote {n_blocks} blocks of Llama-3-8B's shape", flush=True)
+        source = bench.args.large or Path(folder)
+        if not (source / "model.safetensors.index.json").is_file():
+            source.mkdir(exist_ok=True)
+            write_llama8b(source, n_blocks)
+            print(f"# wrote {n_blocks} blocks of Llama-3-8B's shape", flush=True)
         for name, options in (
             ("data-free default", {}),
             ("weights alone", {"calibration": CalibrationOptions("none")}),

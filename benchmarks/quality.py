@@ -178,7 +178,8 @@ def measure_bytes(bench: Bench) -> None:
             options = ModuleOptions(sparsity, rank)
             bench.variant("bytes", f"joint rank {rank} {sparsity:.0%}", calibration=bench.text(), module=options)
     for target in (12.0, 10.5, 9.7, 8.5):
-        bench.variant("bytes", f"solver {target:g} bits", calibration=bench.text(), target_bits=target)
+        fixed = ModuleOptions(values="bf16")  # as on every other curve; benchmarks/pareto.py lets it choose
+        bench.variant("bytes", f"solver {target:g} bits", calibration=bench.text(), target_bits=target, module=fixed)
     for method in ("magnitude", "wanda", "sparsegpt"):
         for sparsity in (0.3, 0.5):
             data = None if method == "magnitude" else bench.text()
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="examples a step of LoRA training")
     parser.add_argument("--steps", type=int, help="only so many steps of LoRA training, for a quick look")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of the 8B-shaped checkpoint")
+    parser.add_argument("--large", type=Path, help="where that checkpoint lies, or is written to and kept")
     bench = Bench(parser.parse_args())
     measures = {"methods": measure_methods, "bytes": measure_bytes, "lora": measure_lora, "time": measure_time}
     for part in filter(None, bench.args.parts.split(",")):

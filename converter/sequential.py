@@ -24,11 +24,15 @@ from .calibration import calibration_tokens
 from .options import ConvertOptions, Method
 from .packing import Calibrated, PackedModule, pack_module
 from .plan import Plan, PlannedModule
+from .prune import Groups, keep_in_groups
 from .sources import tensor_from_bytes
-from .weighted import damped_gram
+from .weighted import damped_gram, output_energy
 
 _ASYMMETRY = 0.5
 _WINDOW = 8
+#: windows on which sensitivities are measured
+_PROBES = 4
+_LAYER = Groups("layer")
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -61,6 +65,19 @@ def open_block_run(plan: Plan, options: ConvertOptions, device: torch.device, po
 
 
 @dataclass(frozen=True)
+class MeasuredModule:
+    """A planned module, the Gram matrix (K, K) of its inputs if any were seen, and its sensitivity.
+
+    ``sensitivity``: the squared change of the hidden states behind its block, as a share of their own square, for a
+    module output that is wrong by all of its energy (measured on a smaller error, and extrapolated).
+    """
+
+    module: PlannedModule
+    gram: torch.Tensor | None
+    sensitivity: float
+
+
+@dataclass(frozen=True)
 class BlockRun:
     """A model at its first block, ready to be packed; ``hidden`` is (1, length, width) a sample."""
 
@@ -82,8 +99,8 @@ class BlockRun:
                 packed, streams = self.packer.pack(block, by_block.get(number, []), *streams)
                 yield from packed
 
-    def gram_matrices(self) -> Iterator[list[tuple[PlannedModule, torch.Tensor]]]:
-        """Yield the planned modules of each block with the Gram matrix (K, K) of the source's own inputs."""
+    def measured(self) -> Iterator[list[MeasuredModule]]:
+        """Yield the planned modules of each block with what the source's own inputs tell about them."""
         by_block, hidden = self._by_block(), self.hidden
         for number in range(len(self.model.blocks)):
             with self.model.loaded(number) as block:
@@ -126,11 +143,27 @@ class _BlockPacker:
 
     def measure(
         self, block: Block, modules: list[PlannedModule], hidden: _Hidden
-    ) -> tuple[list[tuple[PlannedModule, torch.Tensor]], _Hidden]:
-        """Return the Gram matrix of each module's inputs, and the hidden states behind the block."""
+    ) -> tuple[list[MeasuredModule], _Hidden]:
+        """Return Gram matrix and sensitivity of each module, and the hidden states behind the block."""
         plain = replace(self._method, sequential=False)
         order, output = self._statistics(block, modules, hidden, hidden, plain)
-        return [(module, statistics.gram) for module, statistics in order], output
+        probes = list(zip(hidden[:_PROBES], output, strict=False))
+        found = [MeasuredModule(m, s.gram, self._sensitivity(block, m, s.gram, probes)) for m, s in order]
+        return found, output
+
+    def _sensitivity(
+        self, block: Block, module: PlannedModule, gram: torch.Tensor, probes: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> float:
+        """Prune a module by half for a moment, and see how far that moves the hidden states behind the block."""
+        tensor = module.entry.source_tensor
+        original = block.weight(tensor)
+        weight = _oriented(module, original)
+        mask = keep_in_groups(weight.abs() * gram.diagonal().clamp_min(0).sqrt(), weight.numel() // 2, _LAYER)
+        lost = output_energy(weight.masked_fill(mask, 0), gram) / (output_energy(weight, gram) or 1.0)
+        block.set_weight(tensor, _oriented(module, weight.masked_fill(~mask, 0)))
+        moved = [_relative_change(block.forward(hidden), output) for hidden, output in probes]
+        block.set_weight(tensor, original)
+        return sum(moved) / len(moved) / (lost or 1.0)
 
     def _statistics(
         self, block: Block, modules: list[PlannedModule], source_in: _Hidden, packed_in: _Hidden, method: Method
@@ -187,6 +220,12 @@ class _BlockPacker:
         """Return the block's weight with the trained adapters merged, in the block's orientation."""
         weight = block.weight(module.entry.source_tensor)
         return weight + _oriented(module, _delta(module, self._device)) if module.trained else weight
+
+
+def _relative_change(moved: torch.Tensor, original: torch.Tensor) -> float:
+    """Return the squared change of each token's hidden state as a share of its own square, averaged over tokens."""
+    change = (moved - original).double().square().sum(-1)
+    return float((change / original.double().square().sum(-1).clamp_min(1e-30)).mean())
 
 
 def _windowed(pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: list[_Item]) -> Iterator[_Result]:

@@ -29,10 +29,12 @@ def subspace_step(error: torch.Tensor, basis: torch.Tensor, gram: torch.Tensor |
     return orthonormalise(error @ (image if gram is None else gram @ image))
 
 
-def start_basis(matrix: torch.Tensor, rank: int, gram: torch.Tensor | None = None) -> torch.Tensor:
+def start_basis(
+    matrix: torch.Tensor, rank: int, gram: torch.Tensor | None = None, steps: int = _START_STEPS
+) -> torch.Tensor:
     """Return a basis (N, r) near the leading left vectors, from a fixed random start."""
     start = torch.randn(matrix.shape[0], rank, generator=torch.Generator().manual_seed(0)).to(matrix.device)
     basis = orthonormalise(start)
-    for _ in range(_START_STEPS):
+    for _ in range(steps):
         basis = subspace_step(matrix, basis, gram)
     return basis

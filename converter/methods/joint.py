@@ -72,7 +72,7 @@ def _quantized(
             basis = subspace_step(lost, basis, gram.matrix)
             factors = problem.factors(*refine_factors(lost, basis, gram))
             target = factors.subtracted(problem.weight)
-        values = descended(target, mask, rescaled(target, mask, values, damped), damped, sweeps=2)
+        values = descended(target, mask, rescaled(target, mask, values, damped), damped, sweeps=1)
     return Solution(mask, factors, values)
 
 

@@ -7,7 +7,8 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from salr.converter.budget import RANKS, SPARSITIES, Candidate, allocate
+from salr.converter.budget import allocate
+from salr.converter.candidates import Candidate
 from salr.converter.pipeline import plan_conversion
 from salr.converter.report import size_report
 from salr.converter.verification import compare_with_source
@@ -37,7 +38,7 @@ def size_of(chosen) -> float:
 
 
 def uniform_choices(modules):
-    for sparsity, rank in itertools.product(SPARSITIES, RANKS):
+    for sparsity, rank in itertools.product((0.0, 0.5, 0.8), (0, 8)):
         choice = {
             name: max((c for c in options if c.sparsity == sparsity and c.rank <= rank), key=lambda c: c.rank)
             for name, options in modules.items()
@@ -45,17 +46,6 @@ def uniform_choices(modules):
         }
         if len(choice) == len(modules):
             yield choice
-
-
-@pytest.fixture(autouse=True)
-def known_grid(monkeypatch):
-    """Let the uniform choices be those of the drawn curves."""
-    monkeypatch.setattr("salr.converter.budget.SPARSITIES", (0.0, 0.5, 0.8))
-
-
-@pytest.fixture
-def full_grid(monkeypatch):
-    monkeypatch.setattr("salr.converter.budget.SPARSITIES", SPARSITIES)
 
 
 @given(curves(), st.floats(0, 1.2))
@@ -108,9 +98,7 @@ def test_a_budget_below_the_smallest_is_refused():
 
 @pytest.mark.parametrize("method", ["magnitude", "joint"])
 @pytest.mark.parametrize("target", [7.0, 11.0])
-def test_a_converted_file_keeps_its_budget_and_agrees_with_its_source(
-    full_grid, calibration, llama, tmp_path, method, target
-):
+def test_a_converted_file_keeps_its_budget_and_agrees_with_its_source(calibration, llama, tmp_path, method, target):
     data = None if method == "magnitude" else calibration()
     options = salr.ConvertOptions(method=method, rounds=3, calibration=data, target_bits=target)
     salr.convert(llama, tmp_path / "m.salr", options)
@@ -125,27 +113,27 @@ def test_a_converted_file_keeps_its_budget_and_agrees_with_its_source(
     assert [str(problem) for _, problem in compare_with_source(file, llama) if problem] == []
 
 
-def test_a_target_that_no_choice_reaches_is_refused_before_anything_is_written(full_grid, llama, tmp_path):
+def test_a_target_that_no_choice_reaches_is_refused_before_anything_is_written(llama, tmp_path):
     options = salr.ConvertOptions(method="magnitude", target_bits=1.0)
-    with pytest.raises(OptionError, match="--target-bits is below what the sparsest choice takes"):
+    with pytest.raises(OptionError, match="--target-bits is below what the smallest choice takes"):
         salr.convert(llama, tmp_path / "m.salr", options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_planning_twice_chooses_the_same(full_grid, llama):
+def test_planning_twice_chooses_the_same(llama):
     options = salr.ConvertOptions(method="magnitude", target_bits=9.0)
     first, second = (plan_conversion(llama, options).options.overrides for _ in range(2))
     assert first == second and len(first) == 14
 
 
 @pytest.mark.parametrize("target", [float("nan"), float("inf"), -3.0, 0, "8"])
-def test_a_target_that_is_no_positive_number_is_refused(full_grid, llama, tmp_path, target):
+def test_a_target_that_is_no_positive_number_is_refused(llama, tmp_path, target):
     with pytest.raises(OptionError, match="target-bits"):
         salr.convert(llama, tmp_path / "m.salr", salr.ConvertOptions(method="magnitude", target_bits=target))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trained_adapters_count_too(full_grid, llama32, lora, tmp_path):
+def test_trained_adapters_count_too(llama32, lora, tmp_path):
     options = salr.ConvertOptions(method="magnitude", adapters=(("a", lora),), target_bits=16.0)
     salr.convert(llama32, tmp_path / "m.salr", options)
     sizes = size_report(salr.open(tmp_path / "m.salr"))
@@ -153,7 +141,7 @@ def test_trained_adapters_count_too(full_grid, llama32, lora, tmp_path):
     assert sizes.adapter_bytes and sizes.bits_per_weight <= 16.0 + slack
 
 
-def test_without_data_asked_for_a_model_that_cannot_be_run_is_budgeted_by_weights_alone(full_grid, moe, tmp_path):
+def test_without_data_asked_for_a_model_that_cannot_be_run_is_budgeted_by_weights_alone(moe, tmp_path):
     report = salr.convert(moe, tmp_path / "m.salr", salr.ConvertOptions(rounds=2, target_bits=20.0))
     assert any("by weights alone" in note for note in report.notes)
     assert [str(problem) for _, problem in compare_with_source(salr.open(tmp_path / "m.salr"), moe) if problem] == []

@@ -65,7 +65,7 @@ def found_grams(source, options) -> dict[str, torch.Tensor]:
     plan = plan_conversion(source, options)
     with one_thread_each(2) as pool:
         run = open_block_run(plan, options, CPU, pool)
-        return {module.name: gram for found in run.gram_matrices() for module, gram in found}
+        return {item.module.name: item.gram for found in run.measured() for item in found}
 
 
 @pytest.mark.parametrize("model", ["llama32", "gpt2"])
