@@ -2,15 +2,17 @@
 
 For each sparsity of a grid the weights with the largest |w| sqrt(diag H) stay, fitted to the mask where the method
 refits; rounding noise of each encoding is added, as much of it as error compensation leaves; the leading eigenvalues of
-E H E^T of what is lost give the output error at every rank at once. That share of the module's output, times how far
-such a share moves the hidden states behind the block (measured once a module), is the error of a candidate.
+E H E^T of what is lost give the output error at every rank at once. How much better the method itself does, with and
+without a low-rank part, is measured at one sparsity and assumed at the others. The error as a share of the module's
+output, times how far such a share moves the hidden states behind the block (measured too), is that of a candidate.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from ..formats.bitmap import bitmap_width
 from ..formats.dtypes import DTYPE_BITS, FLOAT_ENCODINGS
 from ..formats.errors import CalibrationError
 from ..formats.values import QUANTIZED_BITS
+from .methods import Problem, solve
 from .module_options import SOURCE, ModuleOptions
 from .options import ConvertOptions
+from .packing import used_method
 from .plan import Plan, PlannedModule, n_removed
 from .prune import Groups, keep_in_groups
 from .quantization import Quantizer, compensated, nearest
@@ -31,6 +35,7 @@ from .weighted import ScaledGram, output_energy, refit_values, scaled_gram
 SPARSITIES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANKS = (0, 4, 8, 16, 32, 64, 96, 128)
 _REFIT_STEPS = 4
+_PROBE_SPARSITY, _PROBE_RANK, _PROBE_ROUNDS = 0.5, 64, 15
 _SPECTRUM_STEPS = 2
 #: what rounding factors to int8 adds, as a share of the energy that they carry
 _INT8_FACTOR_NOISE = 1e-4
@@ -99,10 +104,14 @@ def _candidates(item: MeasuredModule, plan: Plan, device: torch.device) -> list[
     scaled, found = weight * gram.scale, []
     energy = _energy(scaled, gram) or 1.0
     noises = _noises(scaled, options, gram)
+    refits = options.method_info.values_from == "refit"
+    level, slope = _advantage(item, weight, gram, options, refits)
     for sparsity in SPARSITIES:
-        lost, mask = _lost(scaled, sparsity, gram, refits=options.method_info.values_from == "refit")
+        lost, mask = _lost(scaled, sparsity, gram, refits=refits)
         for values, noise in noises.items():
             remaining = _error_by_rank(lost if noise is None else torch.where(mask, lost + noise, lost), gram)
+            if sparsity:
+                remaining = {r: level * remaining[0] * (e / (remaining[0] or 1)) ** slope for r, e in remaining.items()}
             for rank, error in remaining.items():
                 if not rank or sparsity or noise is not None:
                     for adapter_values, extra in _adapter_types(options.module, rank, remaining[0] - error):
@@ -111,6 +120,34 @@ def _candidates(item: MeasuredModule, plan: Plan, device: torch.device) -> list[
                         bits = _n_bits(item.module, settings, options)
                         found.append(Candidate(sparsity, rank, bits, harm, values, adapter_values))
     return found
+
+
+def _advantage(
+    item: MeasuredModule, weight: torch.Tensor, gram: ScaledGram, options: ConvertOptions, refits: bool
+) -> tuple[float, float]:
+    """Return how a short run of the method compares with the estimate at one sparsity.
+
+    Its error without a low-rank part over the estimate's, and the ratio of the logarithms of what a low-rank part
+    leaves of each.
+    """
+    rank = min(_PROBE_RANK, *weight.shape)
+    n_kept = (weight.shape[1] - int(_PROBE_SPARSITY * weight.shape[1])) * weight.shape[0]
+    method = used_method(options.chosen_method, item.gram is not None)
+    rounds = min(options.rounds, _PROBE_ROUNDS)
+    problem = Problem(weight, n_kept, _ROW, 0, rounds, torch.float32, item.gram)
+    found = []
+    for r in (0, rank):
+        solution = solve(method, replace(problem, rank=r))
+        sparse = weight if solution.values is None else solution.values
+        assert isinstance(sparse, torch.Tensor)  # nothing is quantized here
+        rest = weight - sparse.masked_fill(~solution.mask, 0)
+        rest = rest if solution.factors is None else solution.factors.subtracted(rest)
+        found.append(_energy(rest * gram.scale, gram))
+    estimate = _error_by_rank(_lost(weight * gram.scale, _PROBE_SPARSITY, gram, refits=refits)[0], gram)
+    closest = max(r for r in estimate if r <= rank)
+    if not (found[0] > found[1] > 0 and estimate[0] > estimate[closest] > 0):
+        return 1.0, 1.0
+    return found[0] / estimate[0], math.log(found[1] / found[0]) / math.log(estimate[closest] / estimate[0])
 
 
 def _value_types(asked: ModuleOptions) -> tuple[str, ...]:
