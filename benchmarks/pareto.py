@@ -50,6 +50,10 @@ def recipes() -> dict[str, dict[str, Any]]:
     for preset, settings in PRESETS.items():
         found[f"preset {preset}"] = {"module": settings}
         found[f"preset {preset}, no text"] = {"module": settings, "calibration": None}
+    found["alternating 0% nf4 g128 r8 int8 factors, no text"] = {
+        "module": ModuleOptions(0.0, 8, "nf4", 128, "int8"),
+        "calibration": None,
+    }
     found["paper 50% nf4 g64 r64 (QSALR)"] = {
         "module": ModuleOptions(0.5, 64, "nf4", 64),
         "method": "magnitude",

@@ -18,7 +18,7 @@ from ..formats.errors import CalibrationError, OptionError
 from ..formats.manifest import ModuleEntry
 from ..formats.writer import SalrWriter
 from .options import NO_DATA, CalibrationOptions, ConvertOptions
-from .packing import PackedModule, pack_module
+from .packing import PackedModule, is_solved, pack_module
 from .plan import Plan, PlannedModule
 from .sequential import BlockRun, open_block_run
 
@@ -117,7 +117,7 @@ def _finished(futures: list[Future[tuple[str, ModuleEntry]]], progress: Progress
 def _notes(plan: Plan, entries: dict[str, ModuleEntry], run: BlockRun) -> list[str]:
     """Return what calibration could not do as asked."""
     notes = []
-    pruned = [module for module in plan.modules if module.entry.pattern != "dense"]
+    pruned = [module for module in plan.modules if is_solved(module.entry)]
     unseen = [module.name for module in pruned if entries[module.name].error.output is None]
     if unseen:
         notes.append(f"{len(unseen)} modules saw no calibration data and were chosen by weights alone: {unseen[0]} ...")

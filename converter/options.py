@@ -138,7 +138,11 @@ class ConvertOptions:
             raise OptionError("scope 'global'", needed="--method magnitude and an unstructured pattern")
         sparsities = [self.module.sparsity, *(s["sparsity"] for _, s in self.overrides if "sparsity" in s)]
         if self.pattern == "2:4" and any(sparsity != 0.5 for sparsity in sparsities):
-            raise OptionError("pattern 2:4 with another sparsity", needed="--sparsity 0.5", fix="drop --sparsity")
+            raise OptionError(
+                "pattern 2:4 with another sparsity",
+                needed="--sparsity 0.5",
+                fix="drop --sparsity, or give it beside --preset",
+            )
         if self.target_bits is not None and not _is_positive(self.target_bits):
             raise OptionError(f"--target-bits {self.target_bits!r}", needed="a positive number")
         if self.target_bits is not None and (self.chosen_scope == "global" or self.pattern != "unstructured"):

@@ -139,14 +139,7 @@ def _pack_matrix(
             "holds NaN or infinity", path=checkpoint.directory, tensor=planned.entry.source_tensor, fix="save it again"
         )
     problem = _problem(planned, weight, source.dtype, options, calibrated)
-    if problem.quantizer is not None and not problem.quantizer.fits(weight):
-        raise SourceError(
-            f"weights of up to {float(weight.abs().max()):.3g} leave {problem.quantizer.encoding} scales that float16 "
-            "cannot hold",
-            path=checkpoint.directory,
-            tensor=planned.entry.source_tensor,
-            fix=f"--set '{planned.name} values=source'",
-        )
+    _check_range(planned, weight, problem, checkpoint)
     if planned.entry.pattern == "dense" and problem.quantizer is None:
         solution = Solution(torch.ones_like(weight, dtype=torch.bool))
     else:
@@ -157,6 +150,24 @@ def _pack_matrix(
     elif solution.values is not None:
         values = solution.values[solution.mask].to(problem.dtype)
     return _measured(solution, values, weight, None if calibrated is None else calibrated.gram)
+
+
+def _check_range(planned: PlannedModule, weight: torch.Tensor, problem: Problem, checkpoint: Checkpoint) -> None:
+    """Refuse weights that the chosen encoding cannot hold: too large, or all of them too small."""
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    limits = torch.finfo(problem.dtype)
+    holds = largest == 0 or limits.smallest_normal <= largest <= limits.max
+    if problem.quantizer is not None:
+        holds = problem.quantizer.fits(weight)
+    if not holds:
+        encoding = planned.entry.encoding
+        raise SourceError(
+            f"weights of up to {largest:.3g}",
+            path=checkpoint.directory,
+            tensor=planned.entry.source_tensor,
+            needed=f"sizes that {encoding}{' with float16 scales' if problem.quantizer else ''} can hold",
+            fix=f"--set '{planned.name} values=source'",
+        )
 
 
 def _problem(

@@ -7,6 +7,7 @@ code is chosen against them; an all-zero group has scale 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -174,5 +175,7 @@ def rescaled(target: torch.Tensor, mask: torch.Tensor, quantized: Quantized, gra
     return Quantized(quantizer, quantized.codes, scales)
 
 
+@cache
 def _book(device: torch.device) -> torch.Tensor:
+    """Return the code book on a device; copied there once, since each copy would wait for the GPU."""
     return torch.from_numpy(NF4_CODE_BOOK).to(device)

@@ -134,6 +134,7 @@ def _expected_values(file: SalrFile, name: str, source: torch.Tensor, mask: Bool
         return to_numpy(source.to(dtype))[mask]
     pair = next(pair for pair in file.pairs(name) if pair.name == RESIDUAL)
     lora_b, lora_a = (torch.from_numpy(to_float32(factor, pair.dtype)) for factor in (pair.lora_B, pair.lora_A))
+    lora_b = lora_b * torch.from_numpy(pair.scaling)
     if source.ndim == 3:
         parts = zip(source.float(), lora_b, lora_a, strict=True)
         exact = torch.stack([minus_product(*part) for part in parts])

@@ -121,9 +121,11 @@ class SalrFile:
         pairs = []
         for adapter in self._entry(module).adapters:
             name_a, name_b = naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)
-            scaling = np.full(adapter.rank, adapter.scaling, np.float32)
-            if self._is_int8(module, adapter.name):
-                scaling = scaling * self.tensor(naming.rank_scales_name(module, adapter.name))
+            with np.errstate(over="ignore"):
+                scaling = np.full(adapter.rank, adapter.scaling, np.float32)
+                if self._is_int8(module, adapter.name):
+                    scaling = scaling * self.tensor(naming.rank_scales_name(module, adapter.name))
+            validation.check_scaling(scaling, str(self.path), module, adapter.name)
             dtype = self.tensors[name_a].dtype
             pairs.append(LowRankPair(adapter.name, dtype, self.tensor(name_a), self.tensor(name_b), scaling))
         return pairs
@@ -163,6 +165,7 @@ class SalrFile:
         for name in self.modules:
             try:
                 self.module(name)
+                self.pairs(name)
             except FormatError as error:
                 yield name, error
             else:

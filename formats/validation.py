@@ -14,7 +14,7 @@ import xxhash
 from . import naming
 from .bitmap import row_popcounts, spare_bits_are_clear
 from .container import Container, TensorSpec
-from .dtypes import U8Array
+from .dtypes import F32Array, U8Array
 from .errors import ChecksumError, FormatError, VersionError
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, AdapterEntry, Manifest, ModuleEntry
 from .module import ModuleTensors
@@ -23,6 +23,8 @@ from .values import encoded_bytes
 _MODULE_TENSOR = re.compile(
     r"(?P<module>.+)\.(bitmap|values|row_offsets|scales|(lora_A|lora_B|rank_scales)\.[A-Za-z0-9_-]+)"
 )
+#: a code of 128 times a scale must stay finite
+_LARGEST_SCALE = float(np.finfo(np.float32).max) / 128
 ZERO_DIGEST = "0" * 32
 REMAKE = "the file is damaged: copy or make it again"
 
@@ -181,9 +183,33 @@ def check_module(tensors: ModuleTensors, path: str, name: str) -> None:
                 needed="pattern 2:4",
                 fix=REMAKE,
             )
+    if tensors.scales is not None and not np.all(np.abs(tensors.scales) <= _LARGEST_SCALE):
+        raise FormatError(
+            "holds a scale that is not finite, or too large for float32",
+            path=path,
+            tensor=naming.scales_name(name),
+            needed=f"at most {_LARGEST_SCALE:.3g}",
+            fix=REMAKE,
+        )
     used = encoded_bytes(entry.encoding, entry.nnz)
     if np.any(tensors.values.view(np.uint8)[used:]):
         raise FormatError("the padding is not zero", path=path, tensor=naming.values_name(name), fix=REMAKE)
+
+
+def check_scaling(scaling: F32Array, path: str, module: str, adapter: str) -> None:
+    """Refuse scalings (r,) of an adapter that float32 cannot hold.
+
+    Raises:
+        FormatError: see above.
+    """
+    if not np.all(np.isfinite(scaling)):
+        raise FormatError(
+            f"adapter {adapter!r} has a scaling that is not finite in float32",
+            path=path,
+            tensor=module,
+            needed="finite scaling and rank_scales",
+            fix=REMAKE,
+        )
 
 
 def check_part(entry: ModuleEntry, rows: slice, columns: slice, path: str, name: str) -> None:

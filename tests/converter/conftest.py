@@ -1,0 +1,136 @@
+"""Small checkpoints converted with quantized values, and how such files are judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import salr
+
+
+def save_block(folder: Path, dtype: str) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bfloat16 Llama of one block: 48 x 48, 24 x 48, 40 x 48 and 48 x 40 layers."""
+    return save_block(tmp_path_factory.mktemp("block") / "tiny", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def block32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same in float32."""
+    return save_block(tmp_path_factory.mktemp("block32") / "tiny", "float32")
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a checkpoint with one module's weight changed."""
+
+    def change(source: Path, module: str, function: Callable[[Any], Any]) -> Path:
+        copy = shutil.copytree(source, tmp_path / "changed")
+        tensors = load_file(copy / "model.safetensors")
+        tensors[f"{module}.weight"] = function(tensors[f"{module}.weight"].clone()).contiguous()
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        return copy
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def options_of(calibration: Callable[..., Any]) -> Callable[..., salr.ConvertOptions]:
+    """Return a function that makes quick options from settings of modules and of the conversion in one."""
+
+    def make(method: str = "magnitude", sparsity: float = 0.5, rank: int | None = 4, **settings: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(salr.ModuleOptions)]
+        module = salr.ModuleOptions(sparsity, rank, **{name: settings.pop(name) for name in names if name in settings})
+        data = None if method == "magnitude" else calibration()
+        return salr.ConvertOptions(**{"module": module, "method": method, "rounds": 4, "calibration": data, **settings})
+
+    return make
+
+
+@pytest.fixture
+def quantize(options_of: Callable[..., Any], tmp_path: Path) -> Callable[..., salr.SalrFile]:
+    """Return a function that converts with ``options_of`` and opens the file."""
+
+    def run(source: Path, name: str = "m.salr", **settings: Any) -> salr.SalrFile:
+        salr.convert(source, tmp_path / name, options_of(**settings))
+        return salr.open(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def complaints() -> Callable[..., list[str]]:
+    """Return a function that lists what ``salr verify --against`` would complain about."""
+    from salr.converter.verification import compare_with_source
+
+    def compare(file: salr.SalrFile, source: Path, adapters: tuple[tuple[str, Path], ...] = ()) -> list[str]:
+        found = [str(problem) for _, problem in file.check_all() if problem]
+        return found + [str(problem) for _, problem in compare_with_source(file, source, adapters) if problem]
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def oriented() -> Callable[..., np.ndarray]:
+    """Return a function that reads the source's weight of a module as (N, K) in float64."""
+
+    def read(source: Path, entry: Any) -> np.ndarray:
+        weight = load_file(source / "model.safetensors")[entry.source_tensor].double().numpy()
+        return weight.swapaxes(-1, -2) if entry.transposed else weight
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def check_errors(oriented: Callable[..., np.ndarray]) -> Callable[..., None]:
+    """Return a function that compares every error of a manifest with the one of the file's weights, in float64."""
+
+    def check(file: salr.SalrFile, source: Path) -> None:
+        for name, entry in file.modules.items():
+            weight = oriented(source, entry)
+            energy = (weight**2).sum()
+            removed = (weight[~file.module(name).mask()] ** 2).sum() / energy
+            lost = ((weight - file.dense(name)) ** 2).sum() / energy
+            assert 0 < lost < 1 or entry.pattern == "dense", name
+            found = (entry.error.energy, entry.error.mask, entry.error.residual)
+            np.testing.assert_allclose(found, (energy, removed, lost), rtol=2e-5, atol=1e-11, err_msg=name)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_scales() -> Callable[..., dict[str, Any]]:
+    """Return a function that checks a file's scales, float16 and 0 where nothing is kept, and returns such modules."""
+
+    def check(file: salr.SalrFile) -> dict[str, Any]:
+        quantized = {name: entry for name, entry in file.modules.items() if entry.group_size is not None}
+        for name, entry in quantized.items():
+            mask, scales = file.module(name).mask(), file.module(name).scales
+            starts = range(0, entry.n_columns, entry.group_size)
+            kept = np.stack([mask[..., at : at + entry.group_size].any(-1) for at in starts], -1)
+            assert file.tensors[f"{name}.scales"].dtype == "F16" and scales.shape == kept.shape
+            assert (scales >= 0).all() and np.isfinite(scales).all() and not scales[~kept].any()
+            assert (scales[kept] > 0).mean() > 0.95
+        return quantized
+
+    return check
