@@ -70,8 +70,12 @@ class Architecture:
 
     def spellings(self, name: str) -> list[str]:
         """Return the names a tensor or module may have: as it is, with and without the base model's prefix."""
-        prefix = self._prefix + "."
-        return [name] if prefix == "." else [name, prefix + name, name.removeprefix(prefix)]
+        return spellings(name, self._prefix)
+
+
+def spellings(name: str, prefix: str) -> list[str]:
+    """Return the names a tensor or module may have where ``prefix`` is the base model's."""
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
 
 
 def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module | None:

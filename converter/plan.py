@@ -98,7 +98,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
     ledger = [LedgerLine(m.entry.source_tensor, "packed", m.reason, _file(checkpoint, m)) for m in modules]
     ledger += [LedgerLine(c.tensor.name, "kept", c.reason, c.tensor.file) for c in kept]
-    ledger += [line for module in modules for pair in module.trained for line in _adapter_lines(pair)]
+    ledger += [line for module in modules for pair in module.trained for line in pair.ledger_lines()]
     plan = Plan(
         options,
         checkpoint,
@@ -136,7 +136,7 @@ def _plan_module(
     )
     rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if removed else 0
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
-    adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
+    adapters += [t.entry() for t in trained]
     return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
 
 
@@ -193,14 +193,6 @@ def _with_global_counts(
 
 def _file(checkpoint: Checkpoint, module: PlannedModule) -> str:
     return checkpoint.tensors[module.entry.source_tensor].file
-
-
-def _adapter_lines(trained: TrainedPair) -> list[LedgerLine]:
-    reason = f"factor of adapter '{trained.adapter.name}', bit for bit"
-    return [
-        LedgerLine(tensor.name, "packed", reason, f"{trained.adapter.name}/{tensor.file}")
-        for tensor in (trained.pair.lora_A, trained.pair.lora_B)
-    ]
 
 
 def _check_complete(plan: Plan) -> None:

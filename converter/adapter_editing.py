@@ -1,0 +1,312 @@
+"""Adapters of a finished .salr file: listed, added, removed and rescaled, its base untouched.
+
+Invariant: every tensor that stays keeps its bytes; an edit is written whole or not at all; a file to which an adapter
+was added equals the one that a conversion with that adapter makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..formats import naming
+from ..formats.container import TensorSpec
+from ..formats.errors import AdapterError, OptionError
+from ..formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, Manifest, ModuleEntry
+from ..formats.reader import SalrFile
+from ..formats.rewriting import Destination, rewriting
+from . import adapter_records as records
+from .adapters import Adapter
+from .architecture import spellings
+from .packing import squared_norm
+from .selection import TrainedPair
+from .sources import sha256
+
+Progress = Callable[[int, int], None]
+_IN_PLACE = Destination()
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter over all modules that have it: its ranks, scalings, alphas and origins, each once, and its bytes."""
+
+    name: str
+    n_modules: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    alphas: tuple[float, ...]
+    n_bytes: int
+    origins: tuple[str, ...]
+
+
+def list_adapters(path: str | Path) -> list[AdapterSummary]:
+    """Return every adapter of a .salr file, the residual first, then by name.
+
+    Raises:
+        FormatError: it is not a sound .salr file.
+    """
+    file = SalrFile(path)
+    names = {adapter.name for entry in file.modules.values() for adapter in entry.adapters}
+    return [summarize(file, name) for name in sorted(names, key=lambda name: (name != RESIDUAL, name))]
+
+
+def summarize(file: SalrFile, name: str) -> AdapterSummary:
+    """Return one adapter over all modules.
+
+    Raises:
+        AdapterError: the file holds no adapter of this name.
+    """
+    uses = _uses(file, name)
+    sizes = [file.tensors[tensor].n_bytes for module in uses for tensor in _tensor_names(file, module, name)]
+    entries = uses.values()
+    return AdapterSummary(
+        name=name,
+        n_modules=len(uses),
+        ranks=tuple(sorted({entry.rank for entry in entries})),
+        scalings=tuple(sorted({entry.scaling for entry in entries})),
+        alphas=tuple(sorted({entry.alpha for entry in entries if entry.alpha is not None})),
+        n_bytes=sum(sizes),
+        origins=tuple(sorted({entry.origin for entry in entries})),
+    )
+
+
+def add_adapter(
+    path: str | Path,
+    directory: str | Path,
+    name: str | None = None,
+    destination: Destination = _IN_PLACE,
+    progress: Progress = lambda done, total: None,
+) -> AdapterSummary:
+    """Add a PEFT LoRA directory to a .salr file, its factors bit for bit; ``name`` defaults to the directory's.
+
+    Raises:
+        AdapterError: the name is taken, a key matches no packed module, or shapes disagree.
+        SalrError: file or directory cannot be read, or the output cannot be written.
+    """
+    file, adapter = SalrFile(path), Adapter(directory, name or Path(directory).resolve().name)
+    check_new_name(file, adapter.name)
+    matched = _match(file, adapter)
+    modules = {
+        module: replace(entry, adapters=(*entry.adapters, matched[module].entry())) if module in matched else entry
+        for module, entry in file.modules.items()
+    }
+    factors = [(tensor, factor) for module, pair in matched.items() for tensor, factor in pair.factors(module)]
+    specs = [TensorSpec(tensor, factor.dtype, factor.shape) for tensor, factor in factors]
+    with rewriting(file, modules, specs, destination, progress) as writer:
+        for tensor, factor in factors:
+            writer.write_pieces(tensor, [adapter.raw(factor.name)])
+        files = [
+            {"name": records.input_file(adapter.name, path.name), "sha256": sha256(path)}
+            for path in adapter.weight_paths()
+        ]
+        lines = [line for pair in matched.values() for line in pair.ledger_lines()]
+        ledger, source = records.with_lines(file.manifest, lines), records.with_files(file.manifest, files)
+        writer.finish(replace(file.manifest, modules=modules, ledger=ledger, source=source))
+    return summarize(SalrFile(destination.of(file)), adapter.name)
+
+
+def remove_adapter(
+    path: str | Path, name: str, destination: Destination = _IN_PLACE, progress: Progress = lambda done, total: None
+) -> AdapterSummary:
+    """Take an adapter out of a .salr file and return what it was.
+
+    Raises:
+        AdapterError: there is none of this name, or it is a residual that the kept values were fitted to.
+        SalrError: the file cannot be read, or the output cannot be written.
+    """
+    file = SalrFile(path)
+    removed = summarize(file, name)
+    if name == RESIDUAL:
+        _check_residual_is_free(file, "removed")
+    modules = {module: _without(entry, name) for module, entry in file.modules.items()}
+    with rewriting(file, modules, [], destination, progress) as writer:
+        writer.finish(_manifest_without(file.manifest, name, modules))
+    return removed
+
+
+def scale_adapter(
+    path: str | Path,
+    name: str,
+    *,
+    factor: float | None = None,
+    scaling: float | None = None,
+    destination: Destination = _IN_PLACE,
+    progress: Progress = lambda done, total: None,
+) -> AdapterSummary:
+    """Multiply an adapter's scaling by ``factor``, or set it to ``scaling`` in every module; no tensor changes.
+
+    Raises:
+        OptionError: not exactly one of both is given, or the scaling would not be a finite float32.
+        AdapterError: there is none of this name, or it is a residual that the kept values were fitted to.
+        SalrError: the file cannot be read, or the output cannot be written.
+    """
+    file = SalrFile(path)
+    if (factor is None) == (scaling is None):
+        raise OptionError("a factor and a scaling" if factor is not None else "no factor", needed="one of both")
+    _uses(file, name)
+    if name == RESIDUAL:
+        _check_residual_is_free(file, "scaled")
+    modules = {}
+    for module, entry in file.modules.items():
+        new = {a.name: _new_scaling(file, module, a, factor, scaling) for a in entry.adapters if a.name == name}
+        modules[module] = _with_scaling(file, module, entry, name, new[name]) if new else entry
+    with rewriting(file, modules, [], destination, progress) as writer:
+        writer.finish(replace(file.manifest, modules=modules))
+    return summarize(SalrFile(destination.of(file)), name)
+
+
+def check_new_name(file: SalrFile, name: str) -> None:
+    """Refuse the name of an adapter that the file holds, or that was merged into another.
+
+    Raises:
+        AdapterError: see above.
+    """
+    if any(adapter.name == name for entry in file.modules.values() for adapter in entry.adapters):
+        raise AdapterError(f"adapter '{name}' exists already", path=file.path, fix=f"give another name: {name}2=DIR")
+    prefix = records.input_file(name, "")
+    if any(records.is_folded(line) and line.file.startswith(prefix) for line in file.manifest.ledger):
+        raise AdapterError(
+            f"the ledger lists an adapter '{name}' that was merged", path=file.path, fix="give another name"
+        )
+
+
+def _uses(file: SalrFile, name: str) -> dict[str, AdapterEntry]:
+    """Return module -> entry of one adapter."""
+    every = {(module, a.name): a for module, entry in file.modules.items() for a in entry.adapters}
+    uses = {module: entry for (module, adapter), entry in every.items() if adapter == name}
+    if not uses:
+        held = ", ".join(sorted({adapter for _, adapter in every})) or "none"
+        raise AdapterError(f"there is no adapter '{name}'", path=file.path, needed=f"one of: {held}")
+    return uses
+
+
+def _tensor_names(file: SalrFile, module: str, name: str) -> list[str]:
+    spelled = naming.lora_a_name, naming.lora_b_name, naming.rank_scales_name
+    return [tensor for spell in spelled if (tensor := spell(module, name)) in file.tensors]
+
+
+def _match(file: SalrFile, adapter: Adapter) -> dict[str, TrainedPair]:
+    """Return the pair of each packed module."""
+    if not adapter.pairs:
+        raise AdapterError("holds no factors", path=adapter.directory, fix="save the adapter again")
+    prefix = _base_model_prefix(file)
+    matched, unmatched = {}, []
+    for key, pair in adapter.pairs.items():
+        module = next((name for name in spellings(key, prefix) if name in file.modules), None)
+        if module is None:
+            unmatched.append(key)
+            continue
+        _check_shape(adapter, key, (pair.lora_B.shape[0], pair.lora_A.shape[1]), file.modules[module])
+        matched[module] = TrainedPair(adapter, key, pair)
+    if unmatched:
+        raise _unmatched(file, adapter, unmatched, prefix)
+    return matched
+
+
+def _base_model_prefix(file: SalrFile) -> str:
+    """Return what the model class puts before the names of its base model, which some checkpoints leave out."""
+    import transformers
+
+    name = file.manifest.source.get("class")
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    prefix = getattr(model_class, "base_model_prefix", None)
+    return prefix if isinstance(prefix, str) else ""
+
+
+def _check_shape(adapter: Adapter, key: str, shape: tuple[int, int], entry: ModuleEntry) -> None:
+    if shape != entry.shape:
+        raise AdapterError(
+            f"factors for a {shape[0]} x {shape[1]} weight",
+            path=adapter.directory,
+            tensor=key,
+            needed=" x ".join(map(str, entry.shape)),
+            fix="the adapter was trained on another model",
+        )
+
+
+def _unmatched(file: SalrFile, adapter: Adapter, keys: list[str], prefix: str) -> AdapterError:
+    key = keys[0]
+    more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+    if any(f"{name}.weight" in file.tensors for name in spellings(key, prefix)):
+        found, fix = f"{file.path} keeps its weight dense", "convert the source again with --adapter, which packs it"
+    else:
+        found, fix = f"{file.path} has no such module", "was the adapter trained on another model?"
+    return AdapterError(found + more, path=adapter.directory, tensor=key, needed="a packed module", fix=fix)
+
+
+def _check_residual_is_free(file: SalrFile, done: str) -> None:
+    """Refuse to touch a residual where kept values make up for what it gets wrong."""
+    for module, entry in file.modules.items():
+        if entry.values_from != "source" and any(adapter.name == RESIDUAL for adapter in entry.adapters):
+            raise AdapterError(
+                f"the residual cannot be {done}: its kept values were chosen to be used with it "
+                f"(values_from '{entry.values_from}')",
+                path=file.path,
+                tensor=module,
+                needed="values_from 'source'",
+                fix="convert the source again with another --rank, or with --method magnitude",
+            )
+
+
+def _without(entry: ModuleEntry, name: str) -> ModuleEntry:
+    kept = tuple(adapter for adapter in entry.adapters if adapter.name != name)
+    if name != RESIDUAL or len(kept) == len(entry.adapters):
+        return replace(entry, adapters=kept)
+    error = ErrorEntry(entry.error.energy, entry.error.mask, entry.error.mask, entry.error.mask)
+    return replace(entry, adapters=kept, error=error)
+
+
+def _manifest_without(manifest: Manifest, name: str, modules: dict[str, ModuleEntry]) -> Manifest:
+    """Return the manifest of a conversion that was not given this adapter, or no rank for the residual."""
+    if name == RESIDUAL:
+        return replace(manifest, modules=modules, options=_options_without_rank(manifest.options))
+    gone = [line for line in manifest.ledger if records.owns(line, name)]
+    ledger = tuple(line for line in manifest.ledger if not records.owns(line, name))
+    return replace(manifest, modules=modules, ledger=ledger, source=records.without_files(manifest, gone))
+
+
+def _options_without_rank(options: dict[str, Any]) -> dict[str, Any]:
+    changed = {**options, "rank": 0}
+    if isinstance(options.get("set"), list):
+        pairs = [pair for pair in options["set"] if isinstance(pair, list) and len(pair) == 2]
+        without = [[p, {k: v for k, v in s.items() if k != "rank"}] for p, s in pairs if isinstance(s, dict)]
+        changed["set"] = [pair for pair in without if pair[1]]
+    return changed
+
+
+def _new_scaling(
+    file: SalrFile, module: str, adapter: AdapterEntry, factor: float | None, scaling: float | None
+) -> float:
+    new = float(adapter.scaling * factor if factor is not None else scaling or 0.0)
+    if not math.isfinite(new) or abs(new) > float(np.finfo(np.float32).max):
+        raise OptionError(f"scaling {new}", path=file.path, tensor=module, needed="a finite float32")
+    if adapter.name == RESIDUAL and 0.0 in (new, adapter.scaling):
+        raise OptionError("a residual of scaling 0", path=file.path, tensor=module, fix="use remove, which saves space")
+    return new
+
+
+def _with_scaling(file: SalrFile, module: str, entry: ModuleEntry, name: str, scaling: float) -> ModuleEntry:
+    adapters = tuple(records.rescaled(a, scaling) if a.name == name else a for a in entry.adapters)
+    if name != RESIDUAL:
+        return replace(entry, adapters=adapters)
+    return replace(entry, adapters=adapters, error=_rescaled_error(file, module, entry, scaling))
+
+
+def _rescaled_error(file: SalrFile, module: str, entry: ModuleEntry, scaling: float) -> ErrorEntry:
+    """Return the errors with another scaling of the residual, without the source.
+
+    With E the removed weights and P = B A, |E - sP|^2 = |E|^2 - 2s<E, P> + s^2|P|^2 is known at the old scaling, which
+    gives <E, P>. What it does to outputs is no longer known.
+    """
+    old = next(adapter.scaling for adapter in entry.adapters if adapter.name == RESIDUAL)
+    product = torch.from_numpy(file.adapters(module, [RESIDUAL]).product()).reshape(entry.n_rows, -1)
+    unit = squared_norm(product) / old**2 / (entry.error.energy or 1.0)
+    inner = (entry.error.mask - entry.error.residual + old**2 * unit) / (2 * old)
+    residual = max(0.0, entry.error.mask - 2 * scaling * inner + scaling**2 * unit)
+    return replace(entry.error, residual=residual, output=None)
