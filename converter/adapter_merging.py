@@ -169,7 +169,7 @@ def _merge(file: SalrFile, module: str, names: Sequence[str], recipe: _Recipe) -
     lora_a = np.concatenate([to_float32(pair.lora_A, pair.dtype) for pair in pairs], -2)
     scaled = [to_float32(pair.lora_B, pair.dtype).astype(np.float64) * scalings[pair.name] for pair in pairs]
     lora_b = np.concatenate(scaled, -1)
-    if not np.isfinite(lora_a).all() or not np.all(np.abs(lora_b) <= np.finfo(np.float32).max):
+    if not np.isfinite(lora_a).all() or not np.all(np.abs(lora_b) <= float(np.finfo(np.float32).max)):
         raise AdapterError(
             "factors times their scaling are beyond float32",
             path=file.path,
