@@ -64,7 +64,7 @@ class _Recipe:
         how = {
             "exact": _STACKED,
             "folded": f"{_STACKED}, each lora_B times its scaling, in float32",
-            "fitted": f"truncated SVD of the sum, rank {self.rank}, in float32",
+            "fitted": f"truncated SVD of the sum, rank {self.rank}, in float32 (torch {torch.__version__})",
         }
         alpha = self.scaling * self.rank
         return AdapterEntry(into, self.rank, self.scaling, records.merged_origin(names), alpha, how[self.kind])

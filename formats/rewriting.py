@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import naming
 from .container import TensorSpec
-from .errors import ChecksumError
+from .errors import ChecksumError, OutputError
 from .manifest import ModuleEntry
 from .reader import SalrFile
 from .validation import REMAKE
@@ -61,12 +61,14 @@ def rewriting(
 
     Raises:
         ChecksumError: a tensor to be copied is damaged.
-        OutputError: see ``SalrWriter``.
+        OutputError: see ``SalrWriter``; or ``file`` is to be replaced, and another edit did so since it was opened.
     """
     new = {spec.name: spec for spec in added}
     specs = _specs_in_order(file, modules, new)
     force = destination.force or destination.out is None
     with SalrWriter(destination.of(file), specs, force=force, fresh=destination.fresh) as writer:
+        if destination.out is None and not file.is_current():  # the writer holds the lock from here on
+            raise OutputError("was changed while it was edited", path=file.path, fix="run the command again")
         copied = [spec.name for spec in specs if spec.name not in new]
         for done, name in enumerate(copied, 1):
             _copy(file, writer, name)

@@ -233,6 +233,13 @@ def test_an_interrupted_edit_leaves_the_old_file(mine, lora, monkeypatch, place)
     refuses(mine, KeyboardInterrupt, [], add_adapter, lora, "b")
 
 
+def test_an_edit_that_another_one_overtook_is_refused_and_loses_nothing(mine, lora, monkeypatch):
+    opened = SalrFile(mine)
+    add_adapter(mine, lora, "b")
+    monkeypatch.setattr("salr.converter.adapter_editing.SalrFile", lambda path: opened)
+    refuses(mine, OutputError, "was changed while it was edited; run the command again", remove_adapter, "a")
+
+
 def test_what_a_killed_edit_left_is_named_and_fresh_discards_it(mine):
     partial = mine.with_name("mine.salr.partial")
     partial.mkdir()
