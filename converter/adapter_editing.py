@@ -1,4 +1,4 @@
-"""Adapters of a finished .salr file: listed, added, removed and rescaled, its base untouched.
+"""Adapters of a finished .salr file: added, removed and rescaled, its base untouched.
 
 Invariant: every tensor that stays keeps its bytes; an edit is written whole or not at all; a file to which an adapter
 was added equals the one that a conversion with that adapter makes.
@@ -8,72 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..formats import naming
 from ..formats.container import TensorSpec
+from ..formats.dtypes import FLOAT_ENCODINGS
 from ..formats.errors import AdapterError, OptionError
 from ..formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, Manifest, ModuleEntry
 from ..formats.reader import SalrFile
 from ..formats.rewriting import Destination, rewriting
 from . import adapter_records as records
+from .adapter_matching import match_modules
+from .adapter_summary import AdapterSummary, adapter_uses, summarize
 from .adapters import Adapter
-from .architecture import spellings
 from .packing import squared_norm
-from .selection import TrainedPair
 from .sources import sha256
 
 Progress = Callable[[int, int], None]
 _IN_PLACE = Destination()
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """One adapter over all modules that have it: its ranks, scalings, alphas and origins, each once, and its bytes."""
-
-    name: str
-    n_modules: int
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-    alphas: tuple[float, ...]
-    n_bytes: int
-    origins: tuple[str, ...]
-
-
-def list_adapters(path: str | Path) -> list[AdapterSummary]:
-    """Return every adapter of a .salr file, the residual first, then by name.
-
-    Raises:
-        FormatError: it is not a sound .salr file.
-    """
-    file = SalrFile(path)
-    names = {adapter.name for entry in file.modules.values() for adapter in entry.adapters}
-    return [summarize(file, name) for name in sorted(names, key=lambda name: (name != RESIDUAL, name))]
-
-
-def summarize(file: SalrFile, name: str) -> AdapterSummary:
-    """Return one adapter over all modules.
-
-    Raises:
-        AdapterError: the file holds no adapter of this name.
-    """
-    uses = _uses(file, name)
-    sizes = [file.tensors[tensor].n_bytes for module in uses for tensor in _tensor_names(file, module, name)]
-    entries = uses.values()
-    return AdapterSummary(
-        name=name,
-        n_modules=len(uses),
-        ranks=tuple(sorted({entry.rank for entry in entries})),
-        scalings=tuple(sorted({entry.scaling for entry in entries})),
-        alphas=tuple(sorted({entry.alpha for entry in entries if entry.alpha is not None})),
-        n_bytes=sum(sizes),
-        origins=tuple(sorted({entry.origin for entry in entries})),
-    )
 
 
 def add_adapter(
@@ -91,7 +47,7 @@ def add_adapter(
     """
     file, adapter = SalrFile(path), Adapter(directory, name or Path(directory).resolve().name)
     check_new_name(file, adapter.name)
-    matched = _match(file, adapter)
+    matched = match_modules(file, adapter)
     modules = {
         module: replace(entry, adapters=(*entry.adapters, matched[module].entry())) if module in matched else entry
         for module, entry in file.modules.items()
@@ -149,7 +105,7 @@ def scale_adapter(
     file = SalrFile(path)
     if (factor is None) == (scaling is None):
         raise OptionError("a factor and a scaling" if factor is not None else "no factor", needed="one of both")
-    _uses(file, name)
+    adapter_uses(file, name)
     if name == RESIDUAL:
         _check_residual_is_free(file, "scaled")
     modules = {}
@@ -168,7 +124,7 @@ def check_new_name(file: SalrFile, name: str) -> None:
         AdapterError: see above.
     """
     if any(adapter.name == name for entry in file.modules.values() for adapter in entry.adapters):
-        raise AdapterError(f"adapter '{name}' exists already", path=file.path, fix=f"give another name: {name}2=DIR")
+        raise AdapterError(f"adapter '{name}' exists already", path=file.path, fix="give another name")
     prefix = records.input_file(name, "")
     if any(records.is_folded(line) and line.file.startswith(prefix) for line in file.manifest.ledger):
         raise AdapterError(
@@ -176,82 +132,24 @@ def check_new_name(file: SalrFile, name: str) -> None:
         )
 
 
-def _uses(file: SalrFile, name: str) -> dict[str, AdapterEntry]:
-    """Return module -> entry of one adapter."""
-    every = {(module, a.name): a for module, entry in file.modules.items() for a in entry.adapters}
-    uses = {module: entry for (module, adapter), entry in every.items() if adapter == name}
-    if not uses:
-        held = ", ".join(sorted({adapter for _, adapter in every})) or "none"
-        raise AdapterError(f"there is no adapter '{name}'", path=file.path, needed=f"one of: {held}")
-    return uses
-
-
-def _tensor_names(file: SalrFile, module: str, name: str) -> list[str]:
-    spelled = naming.lora_a_name, naming.lora_b_name, naming.rank_scales_name
-    return [tensor for spell in spelled if (tensor := spell(module, name)) in file.tensors]
-
-
-def _match(file: SalrFile, adapter: Adapter) -> dict[str, TrainedPair]:
-    """Return the pair of each packed module."""
-    if not adapter.pairs:
-        raise AdapterError("holds no factors", path=adapter.directory, fix="save the adapter again")
-    prefix = _base_model_prefix(file)
-    matched, unmatched = {}, []
-    for key, pair in adapter.pairs.items():
-        module = next((name for name in spellings(key, prefix) if name in file.modules), None)
-        if module is None:
-            unmatched.append(key)
-            continue
-        _check_shape(adapter, key, (pair.lora_B.shape[0], pair.lora_A.shape[1]), file.modules[module])
-        matched[module] = TrainedPair(adapter, key, pair)
-    if unmatched:
-        raise _unmatched(file, adapter, unmatched, prefix)
-    return matched
-
-
-def _base_model_prefix(file: SalrFile) -> str:
-    """Return what the model class puts before the names of its base model, which some checkpoints leave out."""
-    import transformers
-
-    name = file.manifest.source.get("class")
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
-    prefix = getattr(model_class, "base_model_prefix", None)
-    return prefix if isinstance(prefix, str) else ""
-
-
-def _check_shape(adapter: Adapter, key: str, shape: tuple[int, int], entry: ModuleEntry) -> None:
-    if shape != entry.shape:
-        raise AdapterError(
-            f"factors for a {shape[0]} x {shape[1]} weight",
-            path=adapter.directory,
-            tensor=key,
-            needed=" x ".join(map(str, entry.shape)),
-            fix="the adapter was trained on another model",
-        )
-
-
-def _unmatched(file: SalrFile, adapter: Adapter, keys: list[str], prefix: str) -> AdapterError:
-    key = keys[0]
-    more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-    if any(f"{name}.weight" in file.tensors for name in spellings(key, prefix)):
-        found, fix = f"{file.path} keeps its weight dense", "convert the source again with --adapter, which packs it"
-    else:
-        found, fix = f"{file.path} has no such module", "was the adapter trained on another model?"
-    return AdapterError(found + more, path=adapter.directory, tensor=key, needed="a packed module", fix=fix)
-
-
 def _check_residual_is_free(file: SalrFile, done: str) -> None:
-    """Refuse to touch a residual where kept values make up for what it gets wrong."""
+    """Refuse to touch a residual where kept values make up for what it gets wrong, or are not the source's bits."""
     for module, entry in file.modules.items():
-        if entry.values_from != "source" and any(adapter.name == RESIDUAL for adapter in entry.adapters):
-            raise AdapterError(
-                f"the residual cannot be {done}: its kept values were chosen to be used with it "
-                f"(values_from '{entry.values_from}')",
-                path=file.path,
-                tensor=module,
-                needed="values_from 'source'",
-                fix="convert the source again with another --rank, or with --method magnitude",
-            )
+        if all(adapter.name != RESIDUAL for adapter in entry.adapters):
+            continue
+        if entry.values_from != "source":
+            found = f"its kept values were chosen to be used with it (values_from '{entry.values_from}')"
+        elif FLOAT_ENCODINGS.get(entry.encoding) != entry.dtype:
+            found = f"its values are rounded to {entry.encoding}, so the error without it is not known"
+        else:
+            continue
+        raise AdapterError(
+            f"the residual cannot be {done}: {found}",
+            path=file.path,
+            tensor=module,
+            needed="values_from 'source' in the source's own type",
+            fix="convert the source again with another --rank, or with --method magnitude",
+        )
 
 
 def _without(entry: ModuleEntry, name: str) -> ModuleEntry:

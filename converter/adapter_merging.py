@@ -25,7 +25,8 @@ from ..formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is
 from ..formats.reader import SalrFile
 from ..formats.rewriting import Destination, rewriting
 from . import adapter_records as records
-from .adapter_editing import AdapterSummary, Progress, check_new_name, summarize
+from .adapter_editing import Progress, check_new_name
+from .adapter_summary import AdapterSummary, summarize
 from .execution import one_thread_each
 from .lowrank import fix_signs
 

@@ -207,7 +207,7 @@ class _Part:
         lora_b = to_float32(self._file.tensor(name_b), dtype)
         if dtype != "I8":
             return lora_a, lora_b
-        scales = self._file.tensor(naming.rank_scales_name(self._module, adapter.name))
+        scales: F32Array = self._file.tensor(naming.rank_scales_name(self._module, adapter.name))
         if not np.isfinite(scales).all():
             raise FormatError(
                 "holds NaN or infinity",
@@ -216,6 +216,7 @@ class _Part:
                 needed="finite scales",
                 fix="the file is damaged: make it again",
             )
-        half = np.ldexp(np.float32(1), np.round(np.frexp(scales)[1] / 2).astype(np.int32))  # no rounding in lora_A
+        power = np.round(np.frexp(scales)[1] / 2).astype(np.int32)
+        half: F32Array = np.ldexp(np.float32(1), power).astype(np.float32)  # a power of two: no rounding in lora_A
         rest: F32Array = scales / half
         return lora_a * half[:, None], lora_b * rest

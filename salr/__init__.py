@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .converter.adapter_editing import add_adapter as add_adapter
-    from .converter.adapter_editing import list_adapters as list_adapters
     from .converter.adapter_editing import remove_adapter as remove_adapter
     from .converter.adapter_editing import scale_adapter as scale_adapter
     from .converter.adapter_merging import merge_adapters as merge_adapters
+    from .converter.adapter_summary import list_adapters as list_adapters
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
     from .converter.options import ModuleOptions as ModuleOptions
@@ -48,7 +48,7 @@ _PUBLIC = {
     "convert": ".converter.pipeline",
     "evaluate": ".evaluation.evaluate",
     "export_peft": ".converter.peft_export",
-    "list_adapters": ".converter.adapter_editing",
+    "list_adapters": ".converter.adapter_summary",
     "merge_adapters": ".converter.adapter_merging",
     "remove_adapter": ".converter.adapter_editing",
     "scale_adapter": ".converter.adapter_editing",

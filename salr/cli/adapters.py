@@ -13,7 +13,7 @@ from . import console
 from .table import show_table
 
 if TYPE_CHECKING:
-    from ..converter.adapter_editing import AdapterSummary
+    from ..converter.adapter_summary import AdapterSummary
 
 app = typer.Typer(no_args_is_help=True, help="List, add, remove, scale or merge the adapters of a .salr file.")
 
@@ -28,7 +28,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an interrupte
 @console.guarded
 def list_(path: File, as_json: console.Json = False) -> None:
     """Show each adapter of FILE: rank, scaling, modules, size and origin."""
-    from ..converter.adapter_editing import list_adapters
+    from ..converter.adapter_summary import list_adapters
 
     found = list_adapters(path)
     if as_json:

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from salr.converter.adapter_editing import add_adapter, list_adapters, remove_adapter, scale_adapter
+from salr.converter.adapter_editing import add_adapter, remove_adapter, scale_adapter
 from salr.converter.adapter_records import rescaled
+from salr.converter.adapter_summary import list_adapters
 from salr.converter.verification import compare_with_source
 from salr.formats.errors import AdapterError, ChecksumError, FormatError, OptionError, OutputError, SalrError
 from salr.formats.manifest import AdapterEntry
@@ -270,6 +271,14 @@ def test_a_residual_that_values_were_fitted_to_is_refused_with_the_reason(llama,
         refuses(out, AdapterError, words, remove_adapter, "residual")
     else:
         refuses(out, AdapterError, words, scale_adapter, "residual", factor=2)
+
+
+def test_a_residual_beside_rounded_values_is_refused_because_its_error_is_not_known(mine, open_draft):
+    draft = open_draft(mine)
+    draft.module(Q)["dtype"] = "BF16"
+    draft.write(mine)
+    words = "the residual cannot be removed: its values are rounded to fp32, so the error without it is not known"
+    refuses(mine, AdapterError, words, remove_adapter, "residual")
 
 
 @pytest.mark.parametrize(
