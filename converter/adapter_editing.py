@@ -7,7 +7,7 @@ was added equals the one that a conversion with that adapter makes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..formats import naming
 from ..formats.container import TensorSpec
-from ..formats.dtypes import FLOAT_ENCODINGS
+from ..formats.dtypes import FLOAT_ENCODINGS, Array
 from ..formats.errors import AdapterError, OptionError
-from ..formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, Manifest, ModuleEntry
+from ..formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
 from ..formats.reader import SalrFile
-from ..formats.rewriting import Destination, rewriting
+from ..formats.rewriting import Destination, check_digest, rewriting
 from . import adapter_records as records
 from .adapter_matching import match_modules
 from .adapter_summary import AdapterSummary, adapter_uses, summarize
@@ -81,8 +82,15 @@ def remove_adapter(
     if name == RESIDUAL:
         _check_residual_is_free(file, "removed")
     modules = {module: _without(entry, name) for module, entry in file.modules.items()}
-    with rewriting(file, modules, [], destination, progress) as writer:
-        writer.finish(_manifest_without(file.manifest, name, modules))
+    loose = _packed_for_adapters_only(file, modules)
+    kept = {module: entry for module, entry in modules.items() if module not in loose}
+    specs = [TensorSpec(entry.source_tensor, entry.dtype, entry.source_shape) for entry in loose.values()]
+    with rewriting(file, kept, specs, destination, progress) as writer:
+        for module, entry in loose.items():
+            writer.write(entry.source_tensor, _source_weight(file, module))
+        manifest = _manifest_without(file.manifest, name, kept)
+        ledger = tuple(_kept_line(line, loose.values()) for line in manifest.ledger)
+        writer.finish(replace(manifest, ledger=ledger))
     return removed
 
 
@@ -139,7 +147,7 @@ def _check_residual_is_free(file: SalrFile, done: str) -> None:
             continue
         if entry.values_from != "source":
             found = f"its kept values were chosen to be used with it (values_from '{entry.values_from}')"
-        elif FLOAT_ENCODINGS.get(entry.encoding) != entry.dtype:
+        elif not _has_own_bits(entry):
             found = f"its values are rounded to {entry.encoding}, so the error without it is not known"
         else:
             continue
@@ -158,6 +166,32 @@ def _without(entry: ModuleEntry, name: str) -> ModuleEntry:
         return replace(entry, adapters=kept)
     error = ErrorEntry(entry.error.energy, entry.error.mask, entry.error.mask, entry.error.mask)
     return replace(entry, adapters=kept, error=error)
+
+
+def _packed_for_adapters_only(file: SalrFile, modules: dict[str, ModuleEntry]) -> dict[str, ModuleEntry]:
+    """Return the modules that were packed, unpruned, because an adapter had factors for them, and none has any more."""
+    keys = {line.key for line in file.manifest.ledger if records.reason_to_keep(line) is not None}
+    bare = {module: entry for module, entry in modules.items() if not entry.adapters and file.modules[module].adapters}
+    return {m: e for m, e in bare.items() if e.pattern == "dense" and e.source_tensor in keys and _has_own_bits(e)}
+
+
+def _has_own_bits(entry: ModuleEntry) -> bool:
+    return entry.values_from == "source" and FLOAT_ENCODINGS.get(entry.encoding) == entry.dtype
+
+
+def _source_weight(file: SalrFile, module: str) -> Array:
+    """Return the weight of a module without pruning, in the source's orientation and bits."""
+    check_digest(file, naming.values_name(module))
+    tensors = file.module(module)
+    weight = tensors.stored().reshape(tensors.entry.shape)
+    return weight.swapaxes(-1, -2) if tensors.entry.transposed else weight
+
+
+def _kept_line(line: LedgerLine, loose: Collection[ModuleEntry]) -> LedgerLine:
+    reason = records.reason_to_keep(line)
+    if reason is None or all(entry.source_tensor != line.key for entry in loose):
+        return line
+    return replace(line, fate="kept", reason=reason)
 
 
 def _manifest_without(manifest: Manifest, name: str, modules: dict[str, ModuleEntry]) -> Manifest:

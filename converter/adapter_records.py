@@ -15,6 +15,7 @@ from ..formats.manifest import AdapterEntry, LedgerLine, Manifest
 TRAINED_ORIGIN = "PEFT LoRA"
 _MERGED = "merged from "
 _MERGED_INTO = "factor merged into adapter "
+_UNPRUNED = "an adapter targets it ("
 _RESCALED = ", made with scaling "
 
 
@@ -26,6 +27,16 @@ def input_file(adapter: str, file: str) -> str:
 def packed_reason(adapter: str) -> str:
     """Return why the ledger says ``packed`` of an adapter's key."""
     return f"factor of adapter '{adapter}', bit for bit"
+
+
+def unpruned_reason(reason: str) -> str:
+    """Return why a tensor is packed that ``reason`` would keep dense, had no adapter a factor for it."""
+    return f"{_UNPRUNED}{reason}): stored unpruned"
+
+
+def reason_to_keep(line: LedgerLine) -> str | None:
+    """Return why a tensor is kept once no adapter has a factor for it; None where it was not packed for one."""
+    return line.reason.removeprefix(_UNPRUNED).rpartition("): ")[0] if line.reason.startswith(_UNPRUNED) else None
 
 
 def merged_reason(adapter: str) -> str:

@@ -17,6 +17,7 @@ from ..formats.container import TensorSpec
 from ..formats.dtypes import FLOAT_ENCODINGS
 from ..formats.errors import OptionError, SourceError
 from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
+from .adapter_records import unpruned_reason
 from .adapters import Adapter
 from .architecture import Architecture
 from .options import DEFAULT_RANK, ConvertOptions, ModuleOptions
@@ -121,7 +122,7 @@ def _plan_module(
     settings = options.for_module(choice.module)
     reason = choice.reason
     if not choice.is_packed:
-        settings, reason = ModuleOptions(sparsity=0.0), f"an adapter targets it ({choice.reason}): stored unpruned"
+        settings, reason = ModuleOptions(sparsity=0.0), unpruned_reason(choice.reason)
     removed = n_removed(choice.module, settings, n_rows, n_columns, options)
     entry = ModuleEntry(
         source_tensor=tensor.name,

@@ -17,7 +17,7 @@ from .container import TensorSpec
 from .errors import ChecksumError, OutputError
 from .manifest import ModuleEntry
 from .reader import SalrFile
-from .validation import REMAKE
+from .validation import REMAKE, digest
 from .writer import SalrWriter
 
 _PIECE_BYTES = 1 << 24
@@ -55,8 +55,8 @@ def rewriting(
     The caller writes the tensors of ``added`` and calls ``finish``.
 
     Args:
-        modules: the entries of the new file, for the modules of the old one.
-        added: factors that the old file lacks, or that replace those of the same name.
+        modules: the entries of the new file, for modules of the old one; others leave with all their tensors.
+        added: tensors that the old file lacks, or that replace those of the same name.
         progress: called with tensors copied and to be copied.
 
     Raises:
@@ -79,7 +79,20 @@ def rewriting(
 def _copy(file: SalrFile, writer: SalrWriter, name: str) -> None:
     raw = file.raw(name)
     pieces = (raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES))
-    if writer.write_pieces(name, pieces) != file.manifest.checksums[name]:
+    _compare(file, name, writer.write_pieces(name, pieces))
+
+
+def check_digest(file: SalrFile, name: str) -> None:
+    """Refuse to make anything from a tensor whose bytes are damaged.
+
+    Raises:
+        ChecksumError: they do not match the tensor's digest.
+    """
+    _compare(file, name, digest(file.raw(name)))
+
+
+def _compare(file: SalrFile, name: str, found: str) -> None:
+    if found != file.manifest.checksums[name]:
         raise ChecksumError("its bytes differ from their digest", path=file.path, tensor=name, fix=REMAKE)
 
 
@@ -91,7 +104,8 @@ def _specs_in_order(
     by_place = sorted(modules, key=lambda module: tensors[naming.values_name(module)].begin)
     names = [name for module in by_place for name in _module_names(module, modules[module], tensors, new)]
     assets = [name for name in tensors if name.startswith(naming.ASSET_PREFIX)]
-    names += sorted([*file.dense_tensors(), *assets], key=lambda name: tensors[name].begin)
+    names += sorted({*file.dense_tensors(), *(set(new) - set(names))})
+    names += sorted(assets, key=lambda name: tensors[name].begin)
     return [new.get(name) or TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name in names]
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from salr.converter.adapter_editing import add_adapter, remove_adapter, scale_adapter
-from salr.converter.adapter_records import rescaled
 from salr.converter.adapter_summary import list_adapters
 from salr.converter.verification import compare_with_source
-from salr.formats.errors import AdapterError, ChecksumError, FormatError, OptionError, OutputError, SalrError
-from salr.formats.manifest import AdapterEntry
+from salr.formats.errors import AdapterError, ChecksumError, FormatError, OutputError, SalrError
 from salr.formats.reader import SalrFile
 from salr.formats.rewriting import Destination
 from salr.formats.writer import SalrWriter
@@ -27,28 +22,6 @@ import salr
 
 Q = "model.layers.0.self_attn.q_proj"
 MAGNITUDE = salr.ConvertOptions(salr.ModuleOptions(0.5, 8), method="magnitude")
-
-
-@pytest.fixture(scope="module")
-def plain(llama32, tmp_path_factory):
-    """Return ``llama32`` converted without a trained adapter."""
-    out = tmp_path_factory.mktemp("plain") / "plain.salr"
-    salr.convert(llama32, out, MAGNITUDE)
-    return out
-
-
-@pytest.fixture(scope="module")
-def adapted(llama32, lora, tmp_path_factory):
-    """Return ``llama32`` converted with the LoRA as adapter ``a``."""
-    out = tmp_path_factory.mktemp("adapted") / "adapted.salr"
-    salr.convert(llama32, out, replace(MAGNITUDE, adapters=(("a", lora),)))
-    return out
-
-
-@pytest.fixture
-def mine(adapted, tmp_path):
-    """Return a copy of ``adapted``, to be edited in place."""
-    return shutil.copy(adapted, tmp_path / "mine.salr")
 
 
 def sound(path):
@@ -72,17 +45,6 @@ def unchanged(before, after):
     return common
 
 
-def refuses(path, kind, words, edit, *arguments, **options):
-    """Expect one line with ``words``, and neither the file nor its folder touched."""
-    before, names = path.read_bytes(), {p.name for p in path.parent.iterdir()}
-    with pytest.raises(kind) as error:
-        edit(path, *arguments, **options)
-    assert "\n" not in str(error.value)
-    for word in [words] if isinstance(words, str) else words:
-        assert word in str(error.value)
-    assert path.read_bytes() == before and {p.name for p in path.parent.iterdir()} == names
-
-
 def test_adding_gives_the_very_file_that_converting_with_the_adapter_gives(plain, adapted, lora, tmp_path):
     summary = add_adapter(plain, lora, "a", Destination(tmp_path / "added.salr"))
     assert (tmp_path / "added.salr").read_bytes() == adapted.read_bytes()
@@ -92,6 +54,20 @@ def test_adding_gives_the_very_file_that_converting_with_the_adapter_gives(plain
 def test_removing_gives_the_very_file_that_converting_without_it_gives(plain, adapted, tmp_path):
     remove_adapter(adapted, "a", Destination(tmp_path / "removed.salr"))
     assert (tmp_path / "removed.salr").read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize("model", ["llama32", "gpt2"])
+def test_a_layer_packed_only_for_an_adapter_is_kept_dense_again_when_that_goes(model, request, make_lora, tmp_path):
+    source, leaf = request.getfixturevalue(model), {"llama32": "lm_head", "gpt2": "c_proj"}[model]
+    target = {"llama32": "lm_head", "gpt2": "h.1.mlp.c_proj"}[model]
+    folder = make_lora(source, 24, target_modules=[target], save_embedding_layers=False, fan_in_fan_out=model == "gpt2")
+    options = replace(MAGNITUDE, exclude=(f"*{leaf}",))
+    salr.convert(source, tmp_path / "with.salr", replace(options, adapters=(("a", folder), ("b", folder))))
+    salr.convert(source, tmp_path / "without.salr", options)
+    remove_adapter(tmp_path / "with.salr", "a")
+    assert any(leaf in name for name in SalrFile(tmp_path / "with.salr").modules)
+    remove_adapter(tmp_path / "with.salr", "b")
+    assert (tmp_path / "with.salr").read_bytes() == (tmp_path / "without.salr").read_bytes()
 
 
 def test_removing_the_residual_gives_the_very_file_that_rank_0_gives(adapted, llama32, lora, tmp_path):
@@ -165,40 +141,6 @@ def test_checkpoints_that_leave_out_the_base_models_prefix_take_adapters_that_na
     assert (tmp_path / "plain.salr").read_bytes() == (tmp_path / "with.salr").read_bytes()
 
 
-def test_scaling_forth_and_back_leaves_no_trace(mine, adapted):
-    assert scale_adapter(mine, "a", factor=2).scalings == (3.0,)
-    entry = next(a for a in sound(mine).modules[Q].adapters if a.name == "a")
-    assert (entry.scaling, entry.alpha, entry.origin) == (3.0, 6.0, "PEFT LoRA, made with scaling 1.5")
-    assert scale_adapter(mine, "a", scaling=7).scalings == (7.0,)
-    scale_adapter(mine, "a", scaling=1.5)
-    assert mine.read_bytes() == adapted.read_bytes()
-
-
-finite = st.floats(-1e30, 1e30, allow_nan=False)
-
-
-@given(finite, st.lists(finite, max_size=4))
-def test_an_origin_keeps_the_first_scaling_through_any_changes(first, changes):
-    entry = made = AdapterEntry("a", 4, first, "PEFT LoRA", 6.0)
-    for scaling in changes:
-        entry = rescaled(entry, scaling)
-        assert entry.scaling == scaling and entry.origin.count("made with scaling") <= 1
-        assert replace(entry, scaling=first, origin=made.origin) == made
-    assert rescaled(entry, first) == made
-
-
-@pytest.mark.parametrize("factor", [0.5, -1.0, 2.0])
-def test_a_rescaled_residual_has_the_error_that_is_measured_against_the_source(factor, adapted, llama32, tmp_path):
-    scale_adapter(adapted, "residual", factor=factor, destination=Destination(tmp_path / "m.salr"))
-    file, weights = sound(tmp_path / "m.salr"), load_file(llama32 / "model.safetensors")
-    for module, entry in file.modules.items():
-        weight = weights[f"{module}.weight"]
-        measured = (
-            weight - torch.from_numpy(file.dense(module))
-        ).double().square().sum() / weight.double().square().sum()
-        assert math.isclose(entry.error.residual, measured, rel_tol=1e-5)
-
-
 def test_whoever_has_the_old_file_mapped_reads_its_bytes_until_they_close_it(mine, adapted):
     mapped = SalrFile(mine)
     remove_adapter(mine, "a")
@@ -226,7 +168,7 @@ def test_output_leaves_the_file_alone_and_replaces_another_only_by_force(adapted
 
 
 @pytest.mark.parametrize("place", ["write_pieces", "finish"])
-def test_an_interrupted_edit_leaves_the_old_file(mine, lora, monkeypatch, place):
+def test_an_interrupted_edit_leaves_the_old_file(refuses, mine, lora, monkeypatch, place):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -234,14 +176,14 @@ def test_an_interrupted_edit_leaves_the_old_file(mine, lora, monkeypatch, place)
     refuses(mine, KeyboardInterrupt, [], add_adapter, lora, "b")
 
 
-def test_an_edit_that_another_one_overtook_is_refused_and_loses_nothing(mine, lora, monkeypatch):
+def test_an_edit_that_another_one_overtook_is_refused_and_loses_nothing(refuses, mine, lora, monkeypatch):
     opened = SalrFile(mine)
     add_adapter(mine, lora, "b")
     monkeypatch.setattr("salr.converter.adapter_editing.SalrFile", lambda path: opened)
     refuses(mine, OutputError, "was changed while it was edited; run the command again", remove_adapter, "a")
 
 
-def test_what_a_killed_edit_left_is_named_and_fresh_discards_it(mine):
+def test_what_a_killed_edit_left_is_named_and_fresh_discards_it(refuses, mine):
     partial = mine.with_name("mine.salr.partial")
     partial.mkdir()
     refuses(mine, OutputError, "--fresh", remove_adapter, "a")
@@ -249,7 +191,7 @@ def test_what_a_killed_edit_left_is_named_and_fresh_discards_it(mine):
     assert not partial.exists() and [a.name for a in list_adapters(mine)] == ["residual"]
 
 
-def test_a_damaged_tensor_is_refused_and_gets_no_fresh_digest(mine):
+def test_a_damaged_tensor_is_refused_and_gets_no_fresh_digest(refuses, mine):
     data = bytearray(mine.read_bytes())
     data[SalrFile(mine).tensors["model.embed_tokens.weight"].begin] ^= 1
     mine.write_bytes(data)
@@ -258,12 +200,12 @@ def test_a_damaged_tensor_is_refused_and_gets_no_fresh_digest(mine):
 
 
 @pytest.mark.parametrize("edit", [remove_adapter, lambda path, name: scale_adapter(path, name, factor=2)])
-def test_an_unknown_adapter_is_refused_with_the_names_there_are(mine, edit):
+def test_an_unknown_adapter_is_refused_with_the_names_there_are(refuses, mine, edit):
     refuses(mine, AdapterError, "there is no adapter 'b', needed one of: a, residual", edit, "b")
 
 
 @pytest.mark.parametrize("done", ["removed", "scaled"])
-def test_a_residual_that_values_were_fitted_to_is_refused_with_the_reason(llama, tmp_path, done):
+def test_a_residual_that_values_were_fitted_to_is_refused_with_the_reason(refuses, llama, tmp_path, done):
     out = tmp_path / "m.salr"
     salr.convert(llama, out, salr.ConvertOptions(calibration=salr.CalibrationOptions("none"), rounds=2))
     words = [f"the residual cannot be {done}: its kept values were chosen to be used with it", "source_minus_residual"]
@@ -273,7 +215,7 @@ def test_a_residual_that_values_were_fitted_to_is_refused_with_the_reason(llama,
         refuses(out, AdapterError, words, scale_adapter, "residual", factor=2)
 
 
-def test_a_residual_beside_rounded_values_is_refused_because_its_error_is_not_known(mine, open_draft):
+def test_a_residual_beside_rounded_values_is_refused_because_its_error_is_not_known(refuses, mine, open_draft):
     draft = open_draft(mine)
     draft.module(Q)["dtype"] = "BF16"
     draft.write(mine)
@@ -282,28 +224,10 @@ def test_a_residual_beside_rounded_values_is_refused_because_its_error_is_not_kn
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({}, "no factor, needed one of both"),
-        ({"factor": 1, "scaling": 1}, "a factor and a scaling, needed one of both"),
-        ({"factor": math.inf}, "needed a finite float32"),
-        ({"scaling": math.nan}, "needed a finite float32"),
-        ({"scaling": 1e39}, "needed a finite float32"),
-    ],
-)
-def test_a_senseless_scaling_is_refused(mine, options, words):
-    refuses(mine, OptionError, words, scale_adapter, "a", **options)
-
-
-def test_a_residual_is_not_muted_but_removed(mine):
-    refuses(mine, OptionError, "use remove", scale_adapter, "residual", scaling=0)
-
-
-@pytest.mark.parametrize(
     ("name", "words"),
     [("a", "adapter 'a' exists already"), ("residual", "and not 'residual'"), ("a.b", "letters, digits")],
 )
-def test_a_name_that_is_taken_or_reserved_is_refused(mine, lora, name, words):
+def test_a_name_that_is_taken_or_reserved_is_refused(refuses, mine, lora, name, words):
     refuses(mine, AdapterError, words, add_adapter, lora, name)
 
 
@@ -315,31 +239,31 @@ def edited_lora(lora, tmp_path, change):
     return folder
 
 
-def test_shapes_that_disagree_are_refused_with_both(mine, lora, tmp_path):
+def test_shapes_that_disagree_are_refused_with_both(refuses, mine, lora, tmp_path):
     key = f"base_model.model.{Q}.lora_A.weight"
     folder = edited_lora(lora, tmp_path, lambda tensors: tensors.update({key: torch.zeros(4, 32)}))
     refuses(mine, AdapterError, f"tensor '{Q}': factors for a 64 x 32 weight, needed 64 x 64", add_adapter, folder, "b")
 
 
-def test_keys_that_match_no_packed_module_are_named_and_counted(mine, gpt2, make_lora):
+def test_keys_that_match_no_packed_module_are_named_and_counted(refuses, mine, gpt2, make_lora):
     other = make_lora(gpt2, 2, target_modules=["c_attn"], fan_in_fan_out=True)
     words = ["tensor 'transformer.h.0.attn.c_attn'", "has no such module (and 1 more), needed a packed module"]
     refuses(mine, AdapterError, words, add_adapter, other, "b")
 
 
-def test_an_adapter_on_a_weight_kept_dense_is_told_how_it_can_be_packed(mine, llama32, make_lora):
+def test_an_adapter_on_a_weight_kept_dense_is_told_how_it_can_be_packed(refuses, mine, llama32, make_lora):
     head = make_lora(llama32, 3, target_modules=["lm_head"], save_embedding_layers=False)
     words = ["tensor 'lm_head'", "keeps its weight dense", "convert the source again with --adapter"]
     refuses(mine, AdapterError, words, add_adapter, head, "b")
 
 
-def test_an_adapter_without_factors_is_refused(mine, lora, tmp_path):
+def test_an_adapter_without_factors_is_refused(refuses, mine, lora, tmp_path):
     folder = edited_lora(lora, tmp_path, lambda tensors: tensors.clear())
     refuses(mine, AdapterError, "holds no factors", add_adapter, folder, "b")
 
 
 @pytest.mark.parametrize("directory", ["nowhere", "empty"])
-def test_a_missing_directory_or_config_is_one_line(mine, tmp_path, directory):
+def test_a_missing_directory_or_config_is_one_line(refuses, mine, tmp_path, directory):
     (tmp_path / "empty").mkdir()
     refuses(mine, SalrError, "adapter_config.json: cannot be read", add_adapter, tmp_path / directory, "b")
 
