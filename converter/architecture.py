@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from ..formats.errors import SourceError
-from .sources import Checkpoint
 
 _ROUTER_LEAVES = {"gate", "router", "shared_expert_gate", "classifier"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+\.weight")
 _NUMBERED_BLOCK = re.compile(r".*\.\d+\..*|\d+\..*")
 _NOT_LINEAR = re.compile(r"embed|norm|wte|wpe|ln_|router|(^|\.)gate$")
+
+
+class Described(Protocol):
+    """A model directory of which config.json is known; its weights need not be there."""
+
+    @property
+    def directory(self) -> Path:
+        """Where config.json lies."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that config.json names, if any."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Role:
 class Architecture:
     """The roles of a checkpoint's tensors."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Described) -> None:
         self._n_experts = {checkpoint.config.get(key) for key in _EXPERT_COUNTS} - {None}
         model = _meta_model(checkpoint)
         self.class_name = type(model).__name__ if model is not None else None
@@ -68,13 +84,29 @@ class Architecture:
             return Role(True, True, "2-D weight of a numbered block (no model class)")
         return Role(False, False, "no 2-D weight of a numbered block (no model class)")
 
+    def linear_layer(self, tensor: str) -> str | None:
+        """Return the model's own name of the linear layer whose weight ``tensor`` is; None where it is no such weight.
+
+        Without a model class every weight counts, under the name it has.
+        """
+        known = [name for name in self.spellings(tensor) if name in self._roles or self.class_name is None]
+        if not known or not tensor.endswith(".weight"):
+            return None
+        role = self._roles.get(known[0])
+        is_layer = role is None or (role.linear and len(role.shape or ()) == 2)
+        return known[0].removesuffix(".weight") if is_layer else None
+
     def spellings(self, name: str) -> list[str]:
         """Return the names a tensor or module may have: as it is, with and without the base model's prefix."""
-        prefix = self._prefix + "."
-        return [name] if prefix == "." else [name, prefix + name, name.removeprefix(prefix)]
+        return spellings(name, self._prefix)
 
 
-def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module | None:
+def spellings(name: str, prefix: str) -> list[str]:
+    """Return the names a tensor or module may have where ``prefix`` is the base model's."""
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+
+
+def _meta_model(checkpoint: Described) -> torch.nn.Module | None:
     """Build the model class of a checkpoint on the meta device; None if transformers has no such class."""
     import transformers
 

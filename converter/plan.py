@@ -17,6 +17,7 @@ from ..formats.container import TensorSpec
 from ..formats.dtypes import FLOAT_ENCODINGS
 from ..formats.errors import OptionError, SourceError
 from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
+from .adapter_records import unpruned_reason
 from .adapters import Adapter
 from .architecture import Architecture
 from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
@@ -108,7 +109,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
     ledger = [LedgerLine(m.entry.source_tensor, "packed", m.reason, _file(checkpoint, m)) for m in modules]
     ledger += [LedgerLine(c.tensor.name, "kept", c.reason, c.tensor.file) for c in kept]
-    ledger += [line for module in modules for pair in module.trained for line in _adapter_lines(pair)]
+    ledger += [line for module in modules for pair in module.trained for line in pair.ledger_lines()]
     plan = Plan(
         options,
         checkpoint,
@@ -131,7 +132,7 @@ def _plan_module(
     settings = options.for_module(choice.module)
     reason = choice.reason
     if not choice.is_packed:
-        settings, reason = ModuleOptions(sparsity=0.0), f"an adapter targets it ({choice.reason}): stored unpruned"
+        settings, reason = ModuleOptions(sparsity=0.0), unpruned_reason(choice.reason)
     removed = n_removed(choice.module, settings, n_rows, n_columns, options)
     entry = ModuleEntry(
         source_tensor=tensor.name,
@@ -149,6 +150,7 @@ def _plan_module(
     if removed or settings.is_quantized:
         rank = _residual_rank(choice.module, settings, min(n_rows, n_columns))
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
+<<<<<<< HEAD
     adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
     entry = replace(entry, adapters=tuple(adapters))
     residual_dtype = "I8" if settings.adapter_values == "int8" else tensor.dtype
@@ -160,6 +162,10 @@ def _plan_module(
             fix=f"--set '{choice.module} adapter_values=source'",
         )
     return PlannedModule(choice.module, entry, tuple(trained), reason, residual_dtype)
+=======
+    adapters += [t.entry() for t in trained]
+    return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
+>>>>>>> adapters
 
 
 def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:
@@ -215,14 +221,6 @@ def _with_global_counts(
 
 def _file(checkpoint: Checkpoint, module: PlannedModule) -> str:
     return checkpoint.tensors[module.entry.source_tensor].file
-
-
-def _adapter_lines(trained: TrainedPair) -> list[LedgerLine]:
-    reason = f"factor of adapter '{trained.adapter.name}', bit for bit"
-    return [
-        LedgerLine(tensor.name, "packed", reason, f"{trained.adapter.name}/{tensor.file}")
-        for tensor in (trained.pair.lora_A, trained.pair.lora_B)
-    ]
 
 
 def _check_complete(plan: Plan) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from ..formats import naming
 from ..formats.errors import AdapterError, OptionError, SourceError
+from ..formats.manifest import AdapterEntry, LedgerLine
+from .adapter_records import TRAINED_ORIGIN, input_file, packed_reason
 from .adapters import Adapter, LoraPair
 from .architecture import Architecture, Role
 from .module_options import matches
@@ -44,6 +46,18 @@ class TrainedPair:
         return [
             (naming.lora_a_name(module, self.adapter.name), self.pair.lora_A),
             (naming.lora_b_name(module, self.adapter.name), self.pair.lora_B),
+        ]
+
+    def entry(self) -> AdapterEntry:
+        """Return what the manifest says of this pair."""
+        return AdapterEntry(self.adapter.name, self.pair.rank, self.pair.scaling, TRAINED_ORIGIN, self.pair.alpha)
+
+    def ledger_lines(self) -> list[LedgerLine]:
+        """Return the ledger's line for each factor."""
+        name = self.adapter.name
+        return [
+            LedgerLine(tensor.name, "packed", packed_reason(name), input_file(name, tensor.file))
+            for tensor in (self.pair.lora_A, self.pair.lora_B)
         ]
 
 

@@ -153,8 +153,7 @@ class Checkpoint:
     @property
     def architecture(self) -> str | None:
         """The class that config.json names, if any."""
-        names = self.config.get("architectures")
-        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+        return architecture_of(self.config)
 
     def raw(self, name: str) -> memoryview:
         """Return a tensor's bytes, memory-mapped."""
@@ -178,6 +177,12 @@ class Checkpoint:
         """Return config, tokenizer, chat template, processor and licence files, by relative name."""
         found = {path for pattern in _ASSETS for path in self.directory.glob(pattern)}
         return sorted(path for path in found if path.is_file() and not _NOT_ASSETS.fullmatch(path.name))
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """Return the class that a config.json names, if any."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def tensor_from_bytes(raw: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..formats.output_directory import output_directory
 from ..formats.output_file import OutputFile
 from ..formats.reader import SalrFile
 
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -39,9 +39,7 @@ def unpack(
     Raises:
         SalrError: the file is damaged, or the output exists or cannot be written.
     """
-    if dtype != "source" and dtype not in FLOAT_ENCODINGS:
-        raise OptionError(f"dtype {dtype!r}", needed="one of source, " + ", ".join(FLOAT_ENCODINGS))
-    wanted = FLOAT_ENCODINGS.get(dtype)
+    wanted = wanted_dtype(dtype)
     file = SalrFile(path)
     fitted = [name for name, entry in file.modules.items() if entry.values_from != "source"]
     if not residual and fitted:
@@ -52,20 +50,51 @@ def unpack(
             needed="values_from 'source' to leave it out",
             fix="drop --no-residual",
         )
-    specs = _specs(file, wanted)
     with output_directory(out) as partial:
-        for name in file.assets:
-            _write_asset(partial, name, file, wanted)
-        layout = plan_layout(specs, _METADATA)
-        modules = {entry.source_tensor: module for module, entry in file.modules.items()}
-        with OutputFile(partial / "model.safetensors", layout.last_begin) as output:
-            for done, (name, spec) in enumerate(layout.tensors.items()):
-                progress(done, len(specs))
-                output.write(spec.begin, _tensor_bytes(file, name, modules.get(name), spec.dtype, residual, merge))
-            progress(len(specs), len(specs))
-            output.write(0, layout.prefix() + layout.header(_METADATA))
-            output.commit()
+        write_assets(file, partial, wanted)
+        write_weights(file, partial, wanted, lambda module: residual, merge=merge, progress=progress)
     return Path(out)
+
+
+def wanted_dtype(dtype: str) -> str | None:
+    """Return the safetensors dtype for bf16, fp16 or fp32, None for ``source``.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if dtype != "source" and dtype not in FLOAT_ENCODINGS:
+        raise OptionError(f"dtype {dtype!r}", needed="one of source, " + ", ".join(FLOAT_ENCODINGS))
+    return FLOAT_ENCODINGS.get(dtype)
+
+
+def write_assets(file: SalrFile, folder: Path, wanted: str | None) -> None:
+    """Write config, tokenizer and the other carried files, with the config's dtype replaced by ``wanted``."""
+    for name in file.assets:
+        _write_asset(folder, name, file, wanted)
+
+
+def write_weights(
+    file: SalrFile,
+    folder: Path,
+    wanted: str | None,
+    has_residual: Callable[[str], bool],
+    *,
+    merge: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write ``folder/model.safetensors``, every module dense, with its residual where ``has_residual`` says so."""
+    specs = _specs(file, wanted)
+    layout = plan_layout(specs, METADATA)
+    modules = {entry.source_tensor: module for module, entry in file.modules.items()}
+    with OutputFile(folder / "model.safetensors", layout.last_begin) as output:
+        for done, (name, spec) in enumerate(layout.tensors.items()):
+            progress(done, len(specs))
+            module = modules.get(name)
+            residual = module is not None and has_residual(module)
+            output.write(spec.begin, _tensor_bytes(file, name, module, spec.dtype, residual, merge))
+        progress(len(specs), len(specs))
+        output.write(0, layout.prefix() + layout.header(METADATA))
+        output.commit()
 
 
 def _specs(file: SalrFile, wanted: str | None) -> list[TensorSpec]:

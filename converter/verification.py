@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..formats import naming
 from ..formats.dtypes import Array, BoolArray, to_float32
 from ..formats.errors import MismatchError, OptionError
 from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
 from ..formats.module import ModuleTensors
 from ..formats.reader import SalrFile
+from . import adapter_records as records
 from .options import ConvertOptions
 from .packing import error_bound, groups_of, packed_codes, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion
@@ -38,16 +40,20 @@ def compare_with_source(
 ) -> Iterator[Finding]:
     """Yield ledger, modules, kept tensors and assets, each with what differs from the source, or None.
 
+    Adapters that were merged inside the file are left out: no source holds them.
+
     Args:
-        source, adapters, base: as they were given to ``convert``.
+        source, adapters, base: as they were given to ``convert``; adapters added later count too.
 
     Raises:
         OptionError: the file holds an adapter that was not given.
         SalrError: the source cannot be read.
     """
-    plan = plan_conversion(source, _recorded_options(file, tuple(adapters), base))
+    merged = [line for line in file.manifest.ledger if records.is_folded(line)]
+    given = tuple(pair for pair in adapters if not any(line.file.startswith(f"{pair[0]}/") for line in merged))
+    plan = plan_conversion(source, _recorded_options(file, given, base))
     _require_adapters(file, plan)
-    same = plan.ledger == file.manifest.ledger
+    same = plan.ledger == tuple(line for line in file.manifest.ledger if line not in merged)
     yield "ledger", None if same else _mismatch(file, "ledger", "the source has other tensors")
     for module in plan.modules:
         yield module.name, _compare_module(file, module, plan)
@@ -57,7 +63,8 @@ def compare_with_source(
     for name, path in plan.assets():
         same = name in file.assets and file.asset(name) == path.read_bytes()
         yield name, None if same else _mismatch(file, name, "differs from the source's file")
-    for name in sorted(set(file.tensors) - {spec.name for spec in plan.specs()} - {MANIFEST_NAME}):
+    known = {spec.name for spec in plan.specs()} | _merged_tensors(file) | {MANIFEST_NAME}
+    for name in sorted(set(file.tensors) - known):
         yield name, _mismatch(file, name, "the source has nothing of this name")
 
 
@@ -82,9 +89,16 @@ def _recorded_options(file: SalrFile, adapters: tuple[tuple[str, Path], ...], ba
 
 
 def _require_adapters(file: SalrFile, plan: Plan) -> None:
-    held = {a.name for entry in file.modules.values() for a in entry.adapters if a.name != RESIDUAL}
+    every = [adapter for entry in file.modules.values() for adapter in entry.adapters]
+    held = {adapter.name for adapter in every if adapter.name != RESIDUAL and not records.is_merged(adapter)}
     for name in sorted(held - {adapter.name for adapter in plan.adapters}):
         raise OptionError(f"the file holds adapter '{name}'", path=file.path, fix=f"give --adapter {name}=DIR")
+
+
+def _merged_tensors(file: SalrFile) -> set[str]:
+    """Return the factors of adapters that were merged inside the file."""
+    merged = [(m, a.name) for m, entry in file.modules.items() for a in entry.adapters if records.is_merged(a)]
+    return {spell(m, name) for m, name in merged for spell in (naming.lora_a_name, naming.lora_b_name)}
 
 
 def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
@@ -93,7 +107,7 @@ def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
 
 def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> MismatchError | None:
     name, entry = planned.name, file.modules.get(planned.name)
-    if entry is None or replace(entry, error=NO_ERROR) != _expected_entry(planned, entry, plan.options):
+    if entry is None or _as_made(entry, planned) != _expected_entry(planned, entry, plan.options):
         return _mismatch(file, name, "the manifest's entry is not what the source and the options give")
     weight = plan.checkpoint.read(entry.source_tensor)
     source = weight.mT if entry.transposed else weight
@@ -106,6 +120,11 @@ def _compare_module(file: SalrFile, planned: PlannedModule, plan: Plan) -> Misma
         if not np.array_equal(mask, _expected_mask(planned, source, groups)):
             return _mismatch(file, name, "the mask differs from the one that the method chooses")
     return _compare_trained(file, planned) or _compare_errors(file, planned, source.float(), mask)
+
+
+def _as_made(entry: ModuleEntry, planned: PlannedModule) -> ModuleEntry:
+    """Return an entry without its measured errors and without what editing its adapters did."""
+    return replace(entry, error=NO_ERROR, adapters=records.as_made(entry.adapters, planned.entry.adapters))
 
 
 def _expected_entry(planned: PlannedModule, entry: ModuleEntry, options: ConvertOptions) -> ModuleEntry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Container:
         self.path = Path(path)
         self._check_with_safetensors()
         with self.path.open("rb") as file:
+            self.identity = identity_of(os.fstat(file.fileno()))
             # Private and writable, because torch refuses read-only buffers; nothing ever writes to it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.n_bytes = len(self._map)
@@ -109,6 +111,11 @@ class Container:
         array = np.frombuffer(raw, storage_dtype(tensor.dtype))
         array.flags.writeable = False
         return array.reshape(tensor.shape) if DTYPE_BITS[tensor.dtype] >= 8 else array
+
+
+def identity_of(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from another that took its name, or from itself after a change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def alignment_of(n_bytes: int) -> int:

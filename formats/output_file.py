@@ -87,6 +87,8 @@ class OutputFile:
         try:
             os.fsync(self._file)
             self._close()
+            if self.path.exists():
+                shutil.copymode(self.path, self.partial / "data")  # a private file stays private
             (self.partial / "data").replace(self.path)
             _sync_directory(self.path.parent)
         except OSError as error:

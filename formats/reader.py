@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import naming, validation
-from .container import Container, StoredTensor
+from .container import Container, StoredTensor, identity_of
 from .dtypes import Array, F32Array, to_float32
 from .errors import ChecksumError, FormatError
 from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry, parse_manifest
@@ -39,6 +39,10 @@ class SalrFile:
     def path(self) -> Path:
         """The file's path."""
         return self._container.path
+
+    def is_current(self) -> bool:
+        """Tell whether the path still leads to the very file that was opened."""
+        return self.path.exists() and identity_of(self.path.stat()) == self._container.identity
 
     @property
     def n_bytes(self) -> int:

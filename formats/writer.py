@@ -61,8 +61,8 @@ class SalrWriter:
         """Write one whole tensor from an array whose bytes are the tensor's bytes."""
         self.write_pieces(name, [byte_view(array)])
 
-    def write_pieces(self, name: str, pieces: Iterable[memoryview | bytes]) -> None:
-        """Write one whole tensor from consecutive pieces of bytes."""
+    def write_pieces(self, name: str, pieces: Iterable[memoryview | bytes]) -> str:
+        """Write one whole tensor from consecutive pieces of bytes, and return its digest."""
         tensor = self._layout.tensors[name]
         position, state = tensor.begin, xxhash.xxh3_128()
         for piece in pieces:
@@ -78,6 +78,7 @@ class SalrWriter:
             )
         with self._lock:
             self._checksums[name] = state.hexdigest()
+        return state.hexdigest()
 
     def finish(self, manifest: Manifest) -> int:
         """Write manifest (its checksums filled in) and header, and give the file its name; return its size in bytes.

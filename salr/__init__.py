@@ -14,9 +14,15 @@ if not (_package_dir / "converter").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .converter.adapter_editing import add_adapter as add_adapter
+    from .converter.adapter_editing import remove_adapter as remove_adapter
+    from .converter.adapter_editing import scale_adapter as scale_adapter
+    from .converter.adapter_merging import merge_adapters as merge_adapters
+    from .converter.adapter_summary import list_adapters as list_adapters
     from .converter.module_options import ModuleOptions as ModuleOptions
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
+    from .converter.peft_export import export_peft as export_peft
     from .converter.pipeline import convert as convert
     from .converter.report import ConvertReport as ConvertReport
     from .converter.unpack import unpack as unpack
@@ -25,33 +31,48 @@ if TYPE_CHECKING:
     from .evaluation.results import EvalResult as EvalResult
     from .formats.errors import SalrError as SalrError
     from .formats.reader import SalrFile as SalrFile
+    from .formats.rewriting import Destination as Destination
 
 #: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
 _PUBLIC = {
     "CalibrationOptions": ".converter.options",
     "ConvertOptions": ".converter.options",
     "ConvertReport": ".converter.report",
+    "Destination": ".formats.rewriting",
     "EvalOptions": ".evaluation.protocol",
     "EvalResult": ".evaluation.results",
     "ModuleOptions": ".converter.module_options",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
+    "add_adapter": ".converter.adapter_editing",
     "convert": ".converter.pipeline",
     "evaluate": ".evaluation.evaluate",
+    "export_peft": ".converter.peft_export",
+    "list_adapters": ".converter.adapter_summary",
+    "merge_adapters": ".converter.adapter_merging",
+    "remove_adapter": ".converter.adapter_editing",
+    "scale_adapter": ".converter.adapter_editing",
     "unpack": ".converter.unpack",
 }
 __all__ = [
     "CalibrationOptions",
     "ConvertOptions",
     "ConvertReport",
+    "Destination",
     "EvalOptions",
     "EvalResult",
     "ModuleOptions",
     "SalrError",
     "SalrFile",
+    "add_adapter",
     "convert",
     "evaluate",
+    "export_peft",
+    "list_adapters",
+    "merge_adapters",
     "open",
+    "remove_adapter",
+    "scale_adapter",
     "unpack",
 ]
 

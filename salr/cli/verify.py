@@ -41,7 +41,15 @@ def verify(
     if not problems and not as_json:
         compared = f"; {n_compared} parts equal the source" if against is not None else ""
         console.say(f"{path}: header, manifest and {n_checked} checks are sound{compared}", quiet=quiet)
+        for name in _merged(file) if against is not None else []:
+            console.say(f"not compared: adapter '{name}', which was merged inside the file", quiet=quiet)
     return _report(problems, n_checked, n_compared, as_json)
+
+
+def _merged(file: SalrFile) -> list[str]:
+    from ..converter.adapter_records import is_merged
+
+    return sorted({a.name for entry in file.modules.values() for a in entry.adapters if is_merged(a)})
 
 
 def _report(problems: list[SalrError], n_checked: int, n_compared: int, as_json: bool) -> None:

@@ -38,6 +38,16 @@ def test_an_existing_output_is_refused_unless_forced(tmp_path):
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
+    (tmp_path / "f").write_bytes(b"old")
+    (tmp_path / "f").chmod(mode)
+    with OutputFile(tmp_path / "f", 1, force=True) as output:
+        output.write(0, b"new")
+        output.commit()
+    assert (tmp_path / "f").stat().st_mode & 0o777 == mode
+
+
 def test_a_leftover_partial_folder_is_refused_and_fresh_discards_it(tmp_path):
     partial = tmp_path / "f.partial"
     partial.mkdir()

@@ -1,0 +1,102 @@
+"""What the manifest records about adapters: origins, ledger lines and input files.
+
+Invariant: adding an adapter and removing it again leaves no trace, and so does scaling it forth and back; what was
+merged cannot be undone, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..formats.manifest import AdapterEntry, LedgerLine, Manifest
+
+TRAINED_ORIGIN = "PEFT LoRA"
+_MERGED = "merged from "
+_MERGED_INTO = "factor merged into adapter "
+_UNPRUNED = "an adapter targets it ("
+_RESCALED = ", made with scaling "
+
+
+def input_file(adapter: str, file: str) -> str:
+    """Return the name under which the manifest lists a file of an adapter."""
+    return f"{adapter}/{file}"
+
+
+def packed_reason(adapter: str) -> str:
+    """Return why the ledger says ``packed`` of an adapter's key."""
+    return f"factor of adapter '{adapter}', bit for bit"
+
+
+def unpruned_reason(reason: str) -> str:
+    """Return why a tensor is packed that ``reason`` would keep dense, had no adapter a factor for it."""
+    return f"{_UNPRUNED}{reason}): stored unpruned"
+
+
+def reason_to_keep(line: LedgerLine) -> str | None:
+    """Return why a tensor is kept once no adapter has a factor for it; None where it was not packed for one."""
+    return line.reason.removeprefix(_UNPRUNED).rpartition("): ")[0] if line.reason.startswith(_UNPRUNED) else None
+
+
+def merged_reason(adapter: str) -> str:
+    """Return why the ledger says ``folded`` of a key whose adapter was merged into ``adapter``."""
+    return f"{_MERGED_INTO}'{adapter}'"
+
+
+def merged_origin(names: Iterable[str]) -> str:
+    """Return the origin of an adapter made from others."""
+    return _MERGED + ", ".join(names)
+
+
+def is_merged(adapter: AdapterEntry) -> bool:
+    """Tell whether an adapter was made from others inside the file, so that no directory holds it."""
+    return adapter.origin.startswith(_MERGED)
+
+
+def rescaled(adapter: AdapterEntry, scaling: float) -> AdapterEntry:
+    """Return the entry with another scaling; its origin keeps the first one, its alpha stays as it was trained."""
+    origin, was_rescaled, first = adapter.origin.partition(_RESCALED)
+    made_with = first if was_rescaled else repr(adapter.scaling)
+    changed = origin if repr(scaling) == made_with else f"{origin}{_RESCALED}{made_with}"
+    return replace(adapter, scaling=scaling, origin=changed)
+
+
+def as_made(adapters: Sequence[AdapterEntry], planned: Sequence[AdapterEntry]) -> tuple[AdapterEntry, ...]:
+    """Return a module's adapters as a conversion that ``planned`` them made them: merged ones out, scalings back."""
+    own = {adapter.name: adapter for adapter in planned}
+    kept = [adapter for adapter in adapters if not is_merged(adapter)]
+    return tuple(own[a.name] if a.name in own and rescaled(own[a.name], a.scaling) == a else a for a in kept)
+
+
+def owns(line: LedgerLine, adapter: str) -> bool:
+    """Tell whether a ledger line is about a key that lives in ``adapter`` now."""
+    own_file = line.file.startswith(input_file(adapter, ""))
+    return (own_file and line.reason == packed_reason(adapter)) or line.reason == merged_reason(adapter)
+
+
+def is_folded(line: LedgerLine) -> bool:
+    """Tell whether a ledger line is about a key that was merged with others."""
+    return line.fate == "folded" and line.reason.startswith(_MERGED_INTO)
+
+
+def with_lines(manifest: Manifest, lines: Iterable[LedgerLine]) -> tuple[LedgerLine, ...]:
+    """Return the ledger with ``lines`` besides, in its order."""
+    return tuple(sorted([*manifest.ledger, *lines], key=lambda line: (line.file, line.key)))
+
+
+def with_files(manifest: Manifest, files: list[dict[str, str]]) -> dict[str, Any]:
+    """Return the manifest's source with more input files."""
+    return {**manifest.source, "files": [*_files(manifest), *files]}
+
+
+def without_files(manifest: Manifest, lines: Iterable[LedgerLine]) -> dict[str, Any]:
+    """Return the manifest's source without the files of ledger ``lines``."""
+    gone = {line.file for line in lines}
+    kept = [file for file in _files(manifest) if not (isinstance(file, dict) and file.get("name") in gone)]
+    return {**manifest.source, "files": kept} if "files" in manifest.source else manifest.source
+
+
+def _files(manifest: Manifest) -> list[Any]:
+    files = manifest.source.get("files")
+    return files if isinstance(files, list) else []

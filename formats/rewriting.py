@@ -1,0 +1,120 @@
+"""A .salr file written again with other adapters.
+
+Invariant: a tensor that stays keeps its bytes and its digest; one whose bytes no longer match their digest is refused,
+never given a fresh one. Pieces of 16 MB go from the mapped file to the new one, so no tensor is held in memory. The
+old file is replaced by a rename, so whoever has it mapped keeps reading the old bytes until they close it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import naming
+from .container import TensorSpec
+from .errors import ChecksumError, OutputError
+from .manifest import ModuleEntry
+from .reader import SalrFile
+from .validation import REMAKE, digest
+from .writer import SalrWriter
+
+_PIECE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an edited file goes.
+
+    Args:
+        out: another file; None replaces the one that was read (through a symbolic link, the file it leads to).
+        force: replace an existing ``out``.
+        fresh: discard what an interrupted run left in ``OUT.partial``.
+    """
+
+    out: Path | None = None
+    force: bool = False
+    fresh: bool = False
+
+    def of(self, file: SalrFile) -> Path:
+        """Return the path to write for an edited ``file``."""
+        return file.path.resolve() if self.out is None else Path(self.out)
+
+
+@contextmanager
+def rewriting(
+    file: SalrFile,
+    modules: Mapping[str, ModuleEntry],
+    added: Iterable[TensorSpec],
+    destination: Destination,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[SalrWriter]:
+    """Yield a writer that holds every tensor of ``file`` that ``modules`` still call for.
+
+    The caller writes the tensors of ``added`` and calls ``finish``.
+
+    Args:
+        modules: the entries of the new file, for modules of the old one; others leave with all their tensors.
+        added: tensors that the old file lacks, or that replace those of the same name.
+        progress: called with tensors copied and to be copied.
+
+    Raises:
+        ChecksumError: a tensor to be copied is damaged.
+        OutputError: see ``SalrWriter``; or ``file`` is to be replaced, and another edit did so since it was opened.
+    """
+    new = {spec.name: spec for spec in added}
+    specs = _specs_in_order(file, modules, new)
+    force = destination.force or destination.out is None
+    with SalrWriter(destination.of(file), specs, force=force, fresh=destination.fresh) as writer:
+        if destination.out is None and not file.is_current():  # the writer holds the lock from here on
+            raise OutputError("was changed while it was edited", path=file.path, fix="run the command again")
+        copied = [spec.name for spec in specs if spec.name not in new]
+        for done, name in enumerate(copied, 1):
+            _copy(file, writer, name)
+            progress(done, len(copied))
+        yield writer
+
+
+def _copy(file: SalrFile, writer: SalrWriter, name: str) -> None:
+    raw = file.raw(name)
+    pieces = (raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES))
+    _compare(file, name, writer.write_pieces(name, pieces))
+
+
+def check_digest(file: SalrFile, name: str) -> None:
+    """Refuse to make anything from a tensor whose bytes are damaged.
+
+    Raises:
+        ChecksumError: they do not match the tensor's digest.
+    """
+    _compare(file, name, digest(file.raw(name)))
+
+
+def _compare(file: SalrFile, name: str, found: str) -> None:
+    if found != file.manifest.checksums[name]:
+        raise ChecksumError("its bytes differ from their digest", path=file.path, tensor=name, fix=REMAKE)
+
+
+def _specs_in_order(
+    file: SalrFile, modules: Mapping[str, ModuleEntry], new: Mapping[str, TensorSpec]
+) -> list[TensorSpec]:
+    """Return every tensor of the new file in the order in which a conversion lists them, so that places agree."""
+    tensors = file.tensors
+    by_place = sorted(modules, key=lambda module: tensors[naming.values_name(module)].begin)
+    names = [name for module in by_place for name in _module_names(module, modules[module], tensors, new)]
+    assets = [name for name in tensors if name.startswith(naming.ASSET_PREFIX)]
+    names += sorted({*file.dense_tensors(), *(set(new) - set(names))})
+    names += sorted(assets, key=lambda name: tensors[name].begin)
+    return [new.get(name) or TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name in names]
+
+
+def _module_names(
+    module: str, entry: ModuleEntry, old: Mapping[str, TensorSpec], new: Mapping[str, TensorSpec]
+) -> list[str]:
+    names = [spec.name for spec in naming.module_specs(module, entry)]
+    for adapter in entry.adapters:
+        names += [naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)]
+        scales = naming.rank_scales_name(module, adapter.name)
+        names += [scales] if scales in new or scales in old else []
+    return names
