@@ -7,7 +7,8 @@ that ``keep`` holds alive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A layer: y = x W^T + adapters + bias, for x (M, ``n_columns``)."""
+    """A layer: y = x W^T + adapters + bias, for x (M, ``n_columns``); ``plans`` keeps unfinished jobs."""
 
     weight: PackedWeight
     operand: Operand
@@ -56,6 +57,7 @@ class Prepared:
     bias: torch.Tensor | None
     n_rows: int
     n_columns: int
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def rank_encoding(self) -> str:
@@ -109,7 +111,7 @@ def _group_index(group_size: int, n_groups: int, n_columns: int) -> tuple[str, t
 
 def _low_rank(adapters: Adapters) -> LowRank:
     rank, n_columns = adapters.lora_A.shape
-    lora_A = adapters.lora_A.detach().contiguous()
+    lora_A, lora_B = (_in_known_dtype(factor) for factor in (adapters.lora_A, adapters.lora_B))
     values = lora_A.view(-1)
     if n_columns % WORD:  # the last row's last word would be read past its end
         values = torch.cat([values, values.new_zeros(64)])
@@ -118,9 +120,13 @@ def _low_rank(adapters: Adapters) -> LowRank:
     scaling = adapters.scaling.detach().float().contiguous()
     operand.fields["row_factors"] = scaling.data_ptr()
     full = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-    lora_B = adapters.lora_B.detach()
     if lora_B.dtype == torch.float16:
         lora_B = lora_B.float()
     if full != rank:
         lora_B = torch.nn.functional.pad(lora_B, (0, full - rank))
     return LowRank(operand, lora_A, lora_B.contiguous(), scaling, full)
+
+
+def _in_known_dtype(factor: torch.Tensor) -> torch.Tensor:
+    factor = factor.detach().contiguous()
+    return factor if factor.dtype in _FLOATS else factor.float()

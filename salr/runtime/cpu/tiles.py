@@ -1,0 +1,86 @@
+"""Products with many rows of x: some rows of the matrix are decoded into a workspace, then torch multiplies.
+
+Invariant: the workspace holds weights rounded to the type that torch multiplies in: bfloat16 where x is bfloat16 and
+the processor multiplies such pairs (then bf16 weights are exact and int8, nf4, fp16 and fp32 ones are rounded as a
+dense bfloat16 model's would be), float32 everywhere else. lora_B stands beside the weights, scaling * (lora_A x)
+beside x, so that one product serves both. A thread's workspace is reused by all its layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+
+from . import plain, team
+from .decoding import WORD
+from .job import address, new_job
+from .kernels import Matrix, expand_text
+from .machine import address_of
+from .paths import CodePath
+from .prepared import Prepared
+
+WORKSPACE_BYTES = 4 << 20  # stays in the cache between decoding and product; 2 to 8 MiB measure alike
+PART_ROWS = 16
+_own = threading.local()
+
+
+def many_rows(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) -> torch.Tensor:
+    """Return the layer's output (M, N) in x's dtype for x (M, K)."""
+    in_bf16 = path.has_bf16_products and x.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    inputs = _with_inner_products(layer, x.detach().to(dtype))
+    y = torch.empty(x.shape[0], layer.n_rows, dtype=x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    n_columns = inputs.shape[1]
+    tile_rows = max(PART_ROWS, WORKSPACE_BYTES // (n_columns * dtype.itemsize) // PART_ROWS * PART_ROWS)
+    work = _workspace(tile_rows * n_columns, dtype)[: tile_rows * n_columns].view(tile_rows, n_columns)
+    for first in range(0, layer.n_rows, tile_rows):
+        tile = work[: min(tile_rows, layer.n_rows - first)]
+        rows = slice(first, first + tile.shape[0])
+        _expand(path, layer, first, tile, n_threads)
+        if layer.low_rank is not None:
+            tile[:, -layer.low_rank.rank :].copy_(layer.low_rank.lora_B[rows])
+        y[:, rows] = torch.nn.functional.linear(inputs, tile, None if bias is None else bias[rows])
+    return y
+
+
+def _with_inner_products(layer: Prepared, x: torch.Tensor) -> torch.Tensor:
+    """Return x (M, K) filled up to whole words of columns, with scaling * (lora_A x) (M, rank) behind them."""
+    parts = [x, x.new_zeros(x.shape[0], -x.shape[1] % WORD)]
+    if layer.low_rank is not None:
+        low = layer.low_rank
+        u = torch.nn.functional.linear(x, low.lora_A.to(x.dtype)) * low.scaling
+        parts += [u.to(x.dtype), x.new_zeros(x.shape[0], low.rank - u.shape[1])]
+    parts = [part for part in parts if part.shape[1]]
+    return x.contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _workspace(n_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    kept: dict[torch.dtype, torch.Tensor] = _own.__dict__.setdefault("workspaces", {})
+    if dtype not in kept or kept[dtype].numel() < n_elements:
+        kept[dtype] = torch.empty(n_elements, dtype=dtype)
+    return kept[dtype]
+
+
+def _expand(path: CodePath, layer: Prepared, first: int, tile: torch.Tensor, n_threads: int) -> None:
+    """Decode the rows from ``first`` on into a tile (rows, at least K)."""
+    if path.lanes == 0:
+        plain.expand(layer.weight, first, tile, n_threads)
+        return
+    job = new_job(
+        **layer.operand.fields | {"n_rows": tile.shape[0]},
+        first_row=first,
+        part_rows=PART_ROWS,
+        n_parts=-(-tile.shape[0] // PART_ROWS),
+        out=tile.data_ptr(),
+        out_stride=tile.stride(0) * tile.element_size(),
+    )
+    out_type = "bf16" if tile.dtype == torch.bfloat16 else "float"
+    team.run(_kernel(path, layer.operand.matrix, out_type), address(job), n_threads)
+
+
+@functools.cache
+def _kernel(path: CodePath, matrix: Matrix, out_type: str) -> int:
+    return address_of(expand_text(path, matrix, out_type), path.target)
