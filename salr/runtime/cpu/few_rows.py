@@ -21,7 +21,7 @@ from .prepared import LowRank, Operand, Prepared
 
 COMPILED_ROWS = (1, 2, 3, 4, 6, 8)  # other numbers are filled up with zeros
 PART_BYTES = 1 << 17
-BYTES_A_THREAD = 1 << 17  # for less than this a second thread costs more than it brings
+BYTES_A_THREAD = 96 << 10  # for less than this a second thread costs more than it brings
 
 
 @dataclass(frozen=True)

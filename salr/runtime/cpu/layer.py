@@ -18,7 +18,7 @@ from .paths import CodePath, chosen
 from .prepared import Prepared, prepare
 from .tiles import many_rows
 
-MOST_PASSES_ROWS = {"pairs": 24, "float": 16, "rounded": 8}  # more rows of x than these are faster by tiles
+MOST_PASSES_ROWS = {"pairs": 20, "float": 16, "rounded": 8}  # more rows of x than these are faster by tiles
 
 
 def linear(

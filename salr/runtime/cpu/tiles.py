@@ -21,8 +21,10 @@ from .machine import address_of
 from .paths import CodePath
 from .prepared import Prepared
 
-WORKSPACE_BYTES = 4 << 20  # stays in the cache between decoding and product; 2 to 8 MiB measure alike
+WORKSPACE_BYTES = 4 << 20  # stays in the second- or third-level cache between decoding and product
 PART_ROWS = 16
+TURNED_MOST_ROWS = 128  # up to as many rows of x, weights x^T is faster than x weights^T: less is rearranged
+ALIASING = 256  # rows of a multiple of so many elements fall into few cache sets, which costs up to 60 %
 _own = threading.local()
 
 
@@ -31,19 +33,18 @@ def many_rows(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) 
     in_bf16 = path.has_bf16_products and x.dtype == torch.bfloat16
     dtype = torch.bfloat16 if in_bf16 else torch.float32
     inputs = _with_inner_products(layer, x.detach().to(dtype))
+    turned = in_bf16 and x.shape[0] <= TURNED_MOST_ROWS
     y = torch.empty(x.shape[0], layer.n_rows, dtype=x.dtype)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    n_columns = inputs.shape[1]
-    tile_rows = max(PART_ROWS, WORKSPACE_BYTES // (n_columns * dtype.itemsize) // PART_ROWS * PART_ROWS)
-    work = _workspace(tile_rows * n_columns, dtype)[: tile_rows * n_columns].view(tile_rows, n_columns)
-    for first in range(0, layer.n_rows, tile_rows):
-        tile = work[: min(tile_rows, layer.n_rows - first)]
+    work = _workspace(inputs.shape[1], dtype)
+    for first in range(0, layer.n_rows, work.shape[0]):
+        tile = work[: min(work.shape[0], layer.n_rows - first)]
         rows = slice(first, first + tile.shape[0])
         _expand(path, layer, first, tile, n_threads)
         if layer.low_rank is not None:
             tile[:, -layer.low_rank.rank :].copy_(layer.low_rank.lora_B[rows])
-        y[:, rows] = torch.nn.functional.linear(inputs, tile, None if bias is None else bias[rows])
-    return y
+        linear = torch.nn.functional.linear
+        y[:, rows] = linear(tile, inputs).T if turned else linear(inputs, tile)
+    return y if layer.bias is None else y.add_(layer.bias)
 
 
 def _with_inner_products(layer: Prepared, x: torch.Tensor) -> torch.Tensor:
@@ -57,11 +58,14 @@ def _with_inner_products(layer: Prepared, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _workspace(n_elements: int, dtype: torch.dtype) -> torch.Tensor:
+def _workspace(n_columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return this thread's memory as a tile (rows, ``n_columns``); rows may have some unused elements between them."""
+    stride = n_columns if n_columns % ALIASING else n_columns + WORD
+    n_rows = max(PART_ROWS, WORKSPACE_BYTES // (stride * dtype.itemsize) // PART_ROWS * PART_ROWS)
     kept: dict[torch.dtype, torch.Tensor] = _own.__dict__.setdefault("workspaces", {})
-    if dtype not in kept or kept[dtype].numel() < n_elements:
-        kept[dtype] = torch.empty(n_elements, dtype=dtype)
-    return kept[dtype]
+    if dtype not in kept or kept[dtype].numel() < n_rows * stride:
+        kept[dtype] = torch.empty(n_rows * stride, dtype=dtype)
+    return kept[dtype][: n_rows * stride].view(n_rows, stride)[:, :n_columns]
 
 
 def _expand(path: CodePath, layer: Prepared, first: int, tile: torch.Tensor, n_threads: int) -> None:
