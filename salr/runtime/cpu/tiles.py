@@ -21,7 +21,9 @@ from .machine import address_of
 from .paths import CodePath
 from .prepared import Prepared
 
-WORKSPACE_BYTES = 4 << 20  # stays in the second- or third-level cache between decoding and product
+WORKSPACE_BYTES = 9 << 19  # a thread; 1 and 9 MiB are slower: x is rearranged for each tile, tiles leave the cache
+MOST_WORKSPACES = 4
+ROW_MULTIPLE = 64  # torch's products work in units of so many
 PART_ROWS = 16
 TURNED_MOST_ROWS = 128  # up to as many rows of x, weights x^T is faster than x weights^T: less is rearranged
 ALIASING = 256  # rows of a multiple of so many elements fall into few cache sets, which costs up to 60 %
@@ -35,16 +37,21 @@ def many_rows(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) 
     inputs = _with_inner_products(layer, x.detach().to(dtype))
     turned = in_bf16 and x.shape[0] <= TURNED_MOST_ROWS
     y = torch.empty(x.shape[0], layer.n_rows, dtype=x.dtype)
-    work = _workspace(inputs.shape[1], dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    work = _workspace(inputs.shape[1], dtype, min(n_threads, MOST_WORKSPACES) * WORKSPACE_BYTES)
     for first in range(0, layer.n_rows, work.shape[0]):
         tile = work[: min(work.shape[0], layer.n_rows - first)]
         rows = slice(first, first + tile.shape[0])
         _expand(path, layer, first, tile, n_threads)
         if layer.low_rank is not None:
             tile[:, -layer.low_rank.rank :].copy_(layer.low_rank.lora_B[rows])
-        linear = torch.nn.functional.linear
-        y[:, rows] = linear(tile, inputs).T if turned else linear(inputs, tile)
-    return y if layer.bias is None else y.add_(layer.bias)
+        part = bias if bias is None else bias[rows]
+        if turned:
+            product = torch.nn.functional.linear(tile, inputs).T
+            y[:, rows] = product if part is None else product + part
+        else:
+            y[:, rows] = torch.nn.functional.linear(inputs, tile, part)
+    return y
 
 
 def _with_inner_products(layer: Prepared, x: torch.Tensor) -> torch.Tensor:
@@ -58,10 +65,10 @@ def _with_inner_products(layer: Prepared, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _workspace(n_columns: int, dtype: torch.dtype) -> torch.Tensor:
+def _workspace(n_columns: int, dtype: torch.dtype, n_bytes: int) -> torch.Tensor:
     """Return this thread's memory as a tile (rows, ``n_columns``); rows may have some unused elements between them."""
     stride = n_columns if n_columns % ALIASING else n_columns + WORD
-    n_rows = max(PART_ROWS, WORKSPACE_BYTES // (stride * dtype.itemsize) // PART_ROWS * PART_ROWS)
+    n_rows = max(ROW_MULTIPLE, n_bytes // (stride * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
     kept: dict[torch.dtype, torch.Tensor] = _own.__dict__.setdefault("workspaces", {})
     if dtype not in kept or kept[dtype].numel() < n_rows * stride:
         kept[dtype] = torch.empty(n_rows * stride, dtype=dtype)

@@ -45,8 +45,11 @@ def assert_close(
     bias: torch.Tensor | None,
     rounded: bool = False,
 ) -> None:
-    """Compare with the float32 reference: 1e-5 of the sum of all terms' sizes for float32 sums in another order,
-    half a unit in the last place for the output's dtype, and 2^-8 of the terms where ``rounded`` to bfloat16."""
+    """Compare with the float32 reference.
+
+    Allowed: 1e-5 of the sum of all terms' sizes (float32 sums in another order), the rounding to the output's dtype,
+    and 2^-8 of the terms where weights are ``rounded`` to bfloat16.
+    """
     wide = x.float()
     expected = reference.linear(wide, weight, adapters, bias)
     size = wide.abs() @ reference.dense(weight).abs().T
@@ -97,8 +100,8 @@ def test_many_rows_of_x_give_the_reference_product(path, encoding, make_weight):
 
 @PATHS
 def test_a_matrix_larger_than_the_workspace_is_done_in_tiles(path, make_weight, monkeypatch):
-    monkeypatch.setattr("salr.runtime.cpu.tiles.WORKSPACE_BYTES", 4 * 200 * 32)
-    weight = make_weight(101, 150, "int8", group_size=64)
+    monkeypatch.setattr("salr.runtime.cpu.tiles.WORKSPACE_BYTES", 1)  # the least: 64 rows
+    weight = make_weight(165, 150, "int8", group_size=64)
     x = torch.randn(30, 150)
     assert_close(cpu.apply(cpu.prepare(weight), x, path), x, weight, None, None)
 
