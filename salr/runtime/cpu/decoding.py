@@ -64,12 +64,12 @@ def _mask(code: Assembly, bits: str, part: int, lanes: int) -> str:
 def _values(code: Assembly, kind: str, mask: str, lanes: int, source: Source, value_bytes: int) -> str:
     """Load as many bytes as ``kind`` has at the position, and move it past the values that the mask uses.
 
-    The load is volatile so that LLVM does not fold it into the expand instruction, whose form with a memory operand
-    takes up to 2.5 times as long on Zen 4.
+    For AVX-512 the load is volatile so that LLVM does not fold it into the expand instruction, whose form with a memory
+    operand takes up to 2.5 times as long on Zen 4.
     """
     at = code.get(source.position)
     code.prefetch(code.at(at, PREFETCH_BYTES))
-    values = code.let(f"load volatile {kind}, ptr {at}, align 1")
+    values = code.let(f"load {'volatile ' if lanes > 8 else ''}{kind}, ptr {at}, align 1")
     code.set(source.position, code.at(at, code.multiply(code.count_ones(mask, lanes), value_bytes)))
     return values
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..packed import PackedWeight
@@ -39,7 +40,7 @@ def _expand_part(weight: PackedWeight, first: int, tile: torch.Tensor) -> None:
         out.copy_(_between(weight, begin, begin + out.numel()).view(out.shape))
     else:
         offsets = weight.row_offsets[first : first + tile.shape[0] + 1]
-        values = _between(weight, int(offsets[0]), int(offsets[-1]))
+        values = _between(weight, int(offsets[0]), int(offsets[-1]) + 1)  # the padding has room for one more
         _scatter()(weight.bitmap[rows].numpy(), (offsets - offsets[0]).numpy(), values.numpy(), out.numpy())
     if weight.scales is not None and weight.group_size is not None:
         width = min(weight.group_size, weight.n_columns)
@@ -55,15 +56,14 @@ def _between(weight: PackedWeight, begin: int, end: int) -> torch.Tensor:
 
 
 def _put_in_place(bitmap: Array, offsets: Array, values: Array, out: Array) -> None:
-    """Put values where the bits of bitmap (rows, ceil(K/8)) stand in out (rows, K), 0 elsewhere."""
+    """Put values where the bits of bitmap (rows, ceil(K/8)) stand in out (rows, K), 0 elsewhere; one value is spare."""
     for row in range(out.shape[0]):
         position = offsets[row]
         for column in range(out.shape[1]):
-            if bitmap[row, column >> 3] >> (column & 7) & 1:
-                out[row, column] = values[position]
-                position += 1
-            else:
-                out[row, column] = 0
+            bit = bitmap[row, column >> 3] >> (column & 7) & 1
+            value = values[position]  # loaded in any case: a branch on random bits would cost more than the rest
+            out[row, column] = value if bit else np.float32(0)
+            position += bit
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_adapters_in_other_dtypes_and_half_precision_x_are_served(path, dtype, m
 
 
 @PATHS
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_shape_density_and_group_size_gives_the_reference_product(path, make_weight, data):
     encoding = data.draw(st.sampled_from(["bf16", "int8", "nf4"]))
