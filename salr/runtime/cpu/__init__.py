@@ -4,8 +4,8 @@
 compiles and caches it, ``team`` runs it on threads; ``prepared`` is a layer made ready, ``few_rows`` and ``tiles`` are
 the two ways to multiply, ``plain`` the way without special instructions, and ``layer`` chooses between them.
 
-SALR_CPU_PATH names another path than the fastest ("avx512bf16", "avx512", "avx2", "plain"); SALR_CACHE is the folder for
-compiled kernels, salr in the user's cache folder unless set.
+SALR_CPU_PATH names another path than the fastest ("avx512bf16", "avx512", "avx2", "plain"); SALR_CACHE is the folder
+for compiled kernels, salr in the user's cache folder unless set.
 """
 
 from .layer import apply as apply
