@@ -23,7 +23,7 @@ def dense(weight: PackedWeight) -> torch.Tensor:
     """Return the kept weights in place, zeros elsewhere, (N, K) float32."""
     shape = weight.n_rows, weight.n_columns
     mask = None if weight.bitmap is None else unpack_bits(weight.bitmap, weight.n_columns)
-    unit = _unit_values(weight)
+    unit = unit_values(weight)
     unit = unit.view(shape) if mask is None else torch.zeros(shape, device=unit.device).masked_scatter_(mask, unit)
     if weight.scales is None or weight.group_size is None:
         return unit
@@ -36,7 +36,7 @@ def unpack_bits(bitmap: torch.Tensor, n_columns: int) -> torch.Tensor:
     return (bits & 1).bool().flatten(-2)[:, :n_columns]
 
 
-def _unit_values(weight: PackedWeight) -> torch.Tensor:
+def unit_values(weight: PackedWeight) -> torch.Tensor:
     """Return the kept values (nnz,) float32, before scales."""
     if weight.encoding == "int8":
         return weight.values[: weight.nnz].view(torch.int8).float()
