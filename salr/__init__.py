@@ -13,6 +13,10 @@ if not (_package_dir / "converter").is_dir():
 
 __version__ = "0.1.0"
 
+from .integrations.hooks import install as _install_hooks  # noqa: E402 - below the line that finds sibling folders
+
+_install_hooks()
+
 if TYPE_CHECKING:
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
     from .evaluation.results import EvalResult as EvalResult
     from .formats.errors import SalrError as SalrError
     from .formats.reader import SalrFile as SalrFile
+    from .integrations.config import SalrConfig as SalrConfig
+    from .runtime.adapters import set_adapters as set_adapters
+    from .runtime.loading import load as load
+    from .runtime.loading import load_tokenizer as load_tokenizer
 
 #: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
 _PUBLIC = {
@@ -34,10 +42,14 @@ _PUBLIC = {
     "EvalOptions": ".evaluation.protocol",
     "EvalResult": ".evaluation.results",
     "ModuleOptions": ".converter.options",
+    "SalrConfig": ".integrations.config",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
     "convert": ".converter.pipeline",
     "evaluate": ".evaluation.evaluate",
+    "load": ".runtime.loading",
+    "load_tokenizer": ".runtime.loading",
+    "set_adapters": ".runtime.adapters",
     "unpack": ".converter.unpack",
 }
 __all__ = [
@@ -47,11 +59,15 @@ __all__ = [
     "EvalOptions",
     "EvalResult",
     "ModuleOptions",
+    "SalrConfig",
     "SalrError",
     "SalrFile",
     "convert",
     "evaluate",
+    "load",
+    "load_tokenizer",
     "open",
+    "set_adapters",
     "unpack",
 ]
 

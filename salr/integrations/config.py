@@ -1,0 +1,59 @@
+"""``SalrConfig``: the ``quantization_config`` of a packed model, and what to convert a dense one with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..converter.options import DEFAULT_RANK, ModuleOptions
+from ..runtime.skeleton import Skeleton
+
+METHOD = "salr"
+GUARD = (
+    "This model is packed by SALR. `pip install salr` and add `import salr` before loading it with transformers: "
+    "without it the packed weights would be replaced by random ones."
+)
+
+
+class SalrConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Tells transformers that a model is packed, or how to pack a dense one while it is loaded (without data).
+
+    Args:
+        sparsity: fraction removed, 0 to 0.95.
+        rank: of the residual adapter, 0 for none.
+        exclude: globs or ``re:`` patterns of modules to keep dense.
+        weights: name of the weight file in a directory; None for the names that transformers gives.
+        skeleton: what ``salr.load`` planned; never saved.
+
+    Raises:
+        OptionError: sparsity or rank are out of range.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        rank: int = DEFAULT_RANK,
+        exclude: tuple[str, ...] | list[str] = (),
+        weights: str | None = None,
+        skeleton: Skeleton | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        ModuleOptions(sparsity, rank)
+        self.sparsity, self.rank, self.exclude = sparsity, rank, list(exclude)
+        self.weights = weights
+        self._skeleton = skeleton
+
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """What was planned for a file that is being loaded."""
+        return self._skeleton
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json keeps: nothing that the packed weights say themselves."""
+        kept = {"quant_method": self.quant_method, "weights": self.weights}
+        return {key: value for key, value in kept.items() if value is not None}
+
+    def __iter__(self) -> Any:
+        return iter(self.to_dict().items())

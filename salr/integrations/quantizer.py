@@ -1,0 +1,86 @@
+"""The transformers quantizer: packed models load, save and convert through ``from_pretrained`` and ``save_pretrained``.
+
+Invariant: packed tensors are checked before the model gets them, and are saved bit for bit under the names that they
+were loaded with; nothing is left at random.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..runtime.adapters import set_adapters
+from ..runtime.loading import check_integrity
+from ..runtime.skeleton import Skeleton, build, plan_skeleton
+from .config import GUARD, METHOD, SalrConfig
+from .saved import SavedModel, saved_state
+
+
+class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces linear layers and experts by packed modules before weights are loaded."""
+
+    requires_calibration = False
+    quantization_config: SalrConfig
+
+    def __init__(self, quantization_config: SalrConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.skeleton: Skeleton | None = quantization_config.skeleton
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Put the weight file's real name in the place of the guard, which this process has passed."""
+        if "import salr" in (getattr(config, "transformers_weights", None) or ""):
+            config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **options: Any
+    ) -> None:
+        if self.pre_quantized:
+            if self.skeleton is None:
+                file = SavedModel(checkpoint_files or [])
+                check_integrity(file)
+                self.skeleton = plan_skeleton(model, file.manifest, file.tensors)
+                file.refuse_dense(self.skeleton)
+            build(model, self.skeleton)
+            ignored = {r"^assets/", r"^salr\.manifest$"}
+            model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        model.set_adapters = types.MethodType(set_adapters, model)
+        model.config.transformers_weights = GUARD
+        self.quantization_config.weights = None
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return the model's tensors with a manifest that digests them all; nothing where only adapters are saved."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return saved_state(model, None if self.skeleton is None else self.skeleton.manifest), {}
+
+    def is_serializable(self, *args: Any, **options: Any) -> bool:
+        """Tell that save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell Trainers that adapters can be trained on the packed weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Tell that torch.compile works: packed products are one operator."""
+        return True
+
+
+def register() -> None:
+    """Add the quantizer and its config to transformers' tables."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SalrConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(SalrQuantizer)
