@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..converter.options import DEFAULT_RANK, ModuleOptions
 from ..runtime.skeleton import Skeleton
 
 METHOD = "salr"
-GUARD = (
-    "This model is packed by SALR. `pip install salr` and add `import salr` before loading it with transformers: "
-    "without it the packed weights would be replaced by random ones."
-)
 
 
+@register_quantization_config(METHOD)
 class SalrConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Tells transformers that a model is packed, or how to pack a dense one while it is loaded (without data).
 

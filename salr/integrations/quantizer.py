@@ -10,16 +10,17 @@ import types
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..runtime.adapters import set_adapters
 from ..runtime.loading import check_integrity
 from ..runtime.skeleton import Skeleton, build, plan_skeleton
-from .config import GUARD, METHOD, SalrConfig
-from .saved import SavedModel, saved_state
+from .config import METHOD, SalrConfig
+from .saved import SavedModel, save_guarded, saved_state
 
 
+@register_quantizer(METHOD)
 class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces linear layers and experts by packed modules before weights are loaded."""
 
@@ -51,7 +52,7 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         model.set_adapters = types.MethodType(set_adapters, model)
-        model.config.transformers_weights = GUARD
+        model.save_pretrained = types.MethodType(save_guarded, model)
         self.quantization_config.weights = None
         return model
 
@@ -74,13 +75,3 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Tell that torch.compile works: packed products are one operator."""
         return True
-
-
-def register() -> None:
-    """Add the quantizer and its config to transformers' tables."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(SalrConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(SalrQuantizer)

@@ -6,12 +6,15 @@ of the directory, whether it is one file or shards.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..converter.export_hf import GUARD
 from ..formats import validation
 from ..formats.container import Container
 from ..formats.errors import FormatError
@@ -94,6 +97,18 @@ def saved_state(model: Any, manifest: Manifest | None) -> dict[str, torch.Tensor
     checksums = {name: validation.digest(_raw(tensor)) for name, tensor in on_disk.items()}
     data = _updated(manifest, modules, checksums).to_json()
     return state | {MANIFEST_NAME: torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+
+
+def save_guarded(model: Any, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+    """Save as the model's class does, and put the guard into config.json, from which transformers drops it.
+
+    With ``push_to_hub`` transformers uploads before the guard is there; upload the directory afterwards instead.
+    """
+    type(model).save_pretrained(model, save_directory, *args, **options)
+    path = Path(save_directory) / "config.json"
+    if path.is_file() and not getattr(model, "_hf_peft_config_loaded", False):
+        config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": GUARD}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -89,6 +89,13 @@ class PackedModule(torch.nn.Module):
         return self.entry.shape[-2]
 
     @property
+    def weight(self) -> torch.Tensor:
+        """A placeholder ([E,] N, K) without data, for code that asks a layer for its weight's shape or dtype."""
+        placeholder = torch.empty(self.entry.shape, dtype=TORCH_DTYPES[self.entry.dtype], device="meta")
+        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+        return placeholder
+
+    @property
     def adapter_names(self) -> tuple[str, ...]:
         """The trained adapters; the residual belongs to the weight and is not one of them."""
         return tuple(name for name in self._active if name != RESIDUAL)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from salr.runtime.experts import SalrExperts, packed_modules
-from salr.runtime.linear import SalrLinear
 
 import salr
+from salr.runtime.experts import SalrExperts, packed_modules
+from salr.runtime.linear import SalrLinear
 
 DECODERS = [
     "llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt2", "mixtral", "deepseek_v2",
