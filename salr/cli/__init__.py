@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import console, convert, eval, export, inspect, unpack, verify
+from . import console, convert, doctor, eval, export, generate, inspect, unpack, verify
 
 app = typer.Typer(
     name="salr",
@@ -23,8 +23,10 @@ app.command("convert", rich_help_panel="Make")(console.guarded(convert.convert))
 app.command("inspect", rich_help_panel="Look")(console.guarded(inspect.inspect))
 app.command("verify", rich_help_panel="Look")(console.guarded(verify.verify))
 app.command("eval", rich_help_panel="Look")(console.guarded(eval.evaluate))
+app.command("generate", rich_help_panel="Run")(console.guarded(generate.generate))
 app.add_typer(export.app, name="export", rich_help_panel="Leave")
 app.command("unpack", rich_help_panel="Leave")(console.guarded(unpack.unpack))
+app.command("doctor", rich_help_panel="Tools")(console.guarded(doctor.doctor))
 
 
 def main() -> int:
