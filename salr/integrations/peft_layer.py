@@ -35,9 +35,9 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
         check_config(config)
         super().__init__(base_layer, adapter_name, config=config, **options)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Put a new adapter beside the packed tensors."""
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_base_layer().values.device)
+    def _get_in_out_features(self, module: SalrLinear) -> tuple[int, int]:
+        """Return K and N, without peft's warning about an unknown layer."""
+        return module.in_features, module.out_features
 
     def merge(self, *args: Any, **options: Any) -> None:
         """Refuse: a merged weight would be dense."""

@@ -90,8 +90,12 @@ class PackedModule(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A placeholder ([E,] N, K) without data, for code that asks a layer for its weight's shape or dtype."""
-        placeholder = torch.empty(self.entry.shape, dtype=TORCH_DTYPES[self.entry.dtype], device="meta")
+        """A placeholder ([E,] N, K) for code that asks a layer for its weight's shape, dtype or device.
+
+        It is one NaN seen through strides of 0, so that to compute with it shows at once; no write to it is kept.
+        """
+        dtype = TORCH_DTYPES[self.entry.dtype]
+        placeholder = torch.full((), torch.nan, dtype=dtype, device=self.values.device).expand(self.entry.shape)
         placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
         return placeholder
 
