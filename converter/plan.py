@@ -91,7 +91,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     choices = choose_tensors(checkpoint, architecture, options)
     trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
-    modules = [_plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
+    modules = [plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
     if options.chosen_scope == "global":
         modules = _with_global_counts(modules, checkpoint, options)
     packed_names = {choice.tensor.name for choice in packed}
@@ -112,9 +112,10 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     return plan
 
 
-def _plan_module(
+def plan_module(
     choice: Choice, trained: list[TrainedPair], checkpoint: Checkpoint, options: ConvertOptions
 ) -> PlannedModule:
+    """Decide how one tensor is packed; ``trained`` are the adapter factors that target it."""
     tensor, transposed = choice.tensor, choice.role.transposed
     check_packable(tensor, choice.role, checkpoint)
     *experts, n_rows, n_columns = (*tensor.shape[:-2], *reversed(tensor.shape[-2:])) if transposed else tensor.shape

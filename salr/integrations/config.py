@@ -7,10 +7,12 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..converter.options import DEFAULT_RANK, ModuleOptions
+from ..converter.options import NO_DATA, CalibrationOptions, ConvertOptions, ModuleOptions
+from ..formats.errors import OptionError
 from ..runtime.skeleton import Skeleton
 
 METHOD = "salr"
+DATA_FREE = ("alternating", "magnitude")
 
 
 @register_quantization_config(METHOD)
@@ -19,27 +21,37 @@ class SalrConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         sparsity: fraction removed, 0 to 0.95.
-        rank: of the residual adapter, 0 for none.
+        rank: of the residual adapter, 0 for none; None for 64, or min(N, K) where that is less.
+        method: ``alternating`` (from the weights alone) or ``magnitude``.
         exclude: globs or ``re:`` patterns of modules to keep dense.
         weights: name of the weight file in a directory; None for the names that transformers gives.
         skeleton: what ``salr.load`` planned; never saved.
 
     Raises:
-        OptionError: sparsity or rank are out of range.
+        OptionError: sparsity or rank are out of range, or the method needs data.
     """
 
     def __init__(
         self,
         sparsity: float = 0.5,
-        rank: int = DEFAULT_RANK,
+        rank: int | None = None,
+        method: str = "alternating",
         exclude: tuple[str, ...] | list[str] = (),
         weights: str | None = None,
         skeleton: Skeleton | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD
-        ModuleOptions(sparsity, rank)
-        self.sparsity, self.rank, self.exclude = sparsity, rank, list(exclude)
+        if method not in DATA_FREE:
+            raise OptionError(
+                f"method {method!r}", needed="one of " + ", ".join(DATA_FREE), fix="other methods: `salr convert`"
+            )
+        self.options = ConvertOptions(
+            module=ModuleOptions(sparsity, rank),
+            method=method,
+            calibration=CalibrationOptions(NO_DATA) if method == "alternating" else None,
+            exclude=tuple(exclude),
+        )
         self.weights = weights
         self._skeleton = skeleton
 

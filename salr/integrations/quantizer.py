@@ -17,6 +17,7 @@ from ..runtime.adapters import set_adapters
 from ..runtime.loading import check_integrity
 from ..runtime.skeleton import Skeleton, build, plan_skeleton
 from .config import METHOD, SalrConfig
+from .on_the_fly import Packer, PackOnLoad
 from .saved import SavedModel, save_guarded, saved_state
 
 
@@ -37,6 +38,9 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
             config.transformers_weights = self.quantization_config.weights
         return config
 
+    #: the hook of transformers before 5.20 that sees the config so early
+    update_tp_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **options: Any
     ) -> None:
@@ -49,8 +53,20 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
             build(model, self.skeleton)
             ignored = {r"^assets/", r"^salr\.manifest$"}
             model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+        else:
+            self.packer = Packer(model, self.quantization_config.options)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        """Tell whether a dense weight that is being loaded has to be packed."""
+        return not self.pre_quantized and param_name in self.packer.roles
+
+    def get_quantize_ops(self) -> PackOnLoad:
+        """Return the operation that packs a weight while it is loaded."""
+        return PackOnLoad(self.packer)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        if not self.pre_quantized:
+            self.packer.finish(model)
         model.set_adapters = types.MethodType(set_adapters, model)
         model.save_pretrained = types.MethodType(save_guarded, model)
         self.quantization_config.weights = None

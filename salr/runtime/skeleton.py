@@ -97,13 +97,13 @@ def _place(draft: _Draft, model: Any, module: str, entry: ModuleEntry) -> str | 
         return f"{type(model).__name__} has no such weight"
     path, _, leaf = home.name.rpartition(".")
     owner = model.get_submodule(path)
-    if _is_experts(owner) and leaf in _STACKS:
+    if is_experts(owner) and leaf in _STACKS:
         return _place_expert(draft, path, leaf, module, entry, home)
     if home.pattern is not None:
         return f"transformers fuses it into {home.name}"
     if home.name in (getattr(model, "all_tied_weights_keys", None) or {}):
         return "it is tied to another weight"
-    if leaf != "weight" or not _is_linear(owner):
+    if leaf != "weight" or not is_linear(owner):
         return f"it is {leaf} of {type(owner).__name__}"
     draft.homes[module] = path
     return None
@@ -145,14 +145,14 @@ def _place_experts(draft: _Draft, experts: Any, path: str, roles: Mapping[str, M
         draft.homes |= {module: f"{path}.{e}.{module.rpartition('.')[2]}" for e, module in found.items()}
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> bool:
     """Tell whether a module computes a plain linear product and nothing else."""
     from transformers.pytorch_utils import Conv1D
 
     return any(type(module).forward is kind.forward and isinstance(module, kind) for kind in (torch.nn.Linear, Conv1D))
 
 
-def _is_experts(module: Any) -> bool:
+def is_experts(module: Any) -> bool:
     """Tell whether a module is a fused mixture that ``SalrExperts`` computes alike: gate and up, no bias, no extra."""
     if {name for name, _ in module.named_parameters(recurse=False)} != set(_STACKS):
         return False
