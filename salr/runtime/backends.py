@@ -1,17 +1,20 @@
 """Backends: the modules that compute a packed product, by name.
 
 Invariant: a backend is imported when it is first asked for, and whatever keeps it from being used becomes a sentence,
-never an exception of another library. Each is a module with ``linear`` (signature of ``reference.linear``) and, where
-it needs more than torch, ``reason_unusable() -> str | None``.
+never an exception of another library. Each is a module with ``linear`` (signature of ``reference.linear``); where it
+needs more than torch, ``reason_unusable() -> str | None``; where a matrix can be made ready once, ``prepare`` and
+``apply``.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +37,24 @@ class Linear(Protocol):
         """Return x W^T + adapters + bias."""
 
 
+@dataclass(frozen=True)
+class Backend:
+    """A usable backend; ``prepare`` and ``apply`` split its ``linear`` into what is done once and at each call."""
+
+    name: str
+    linear: Linear
+    prepare: Callable[[PackedWeight, Adapters | None, torch.Tensor | None], Any] | None = None
+    apply: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+    def product(
+        self, weight: PackedWeight, adapters: Adapters | None, bias: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the product with one matrix, for many calls: x (M, K), contiguous -> y (M, N)."""
+        if self.prepare is None or self.apply is None:
+            return lambda x: self.linear(x, weight, adapters, bias)
+        return functools.partial(self.apply, self.prepare(weight, adapters, bias))
+
+
 def reason_unusable(name: str) -> str | None:
     """Return why a backend cannot be used on this machine, None where it can.
 
@@ -43,8 +64,8 @@ def reason_unusable(name: str) -> str | None:
     return _found(name)[1]
 
 
-def linear(name: str) -> Linear:
-    """Return the product of a backend.
+def usable(name: str) -> Backend:
+    """Return a backend.
 
     Raises:
         BackendError: the backend is unknown, or cannot be used here.
@@ -52,13 +73,14 @@ def linear(name: str) -> Linear:
     module, reason = _found(name)
     if module is None or reason is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {reason}", fix="see `salr doctor`")
-    return module.linear  # type: ignore[no-any-return]
+    prepare, apply = getattr(module, "prepare", None), getattr(module, "apply", None)
+    return Backend(name, module.linear, prepare, apply)
 
 
 @functools.cache
-def linear_for(device_type: str, name: str | None = None) -> Linear:
-    """Return the product to use on a kind of device: of ``name``, or of the first usable backend."""
-    return linear(name or choose(device_type))
+def backend_for(device_type: str, name: str | None = None) -> Backend:
+    """Return the backend to use on a kind of device: ``name``, or the first usable one."""
+    return usable(name or choose(device_type))
 
 
 def choose(device_type: str) -> str:
@@ -69,7 +91,7 @@ def choose(device_type: str) -> str:
     """
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     if wanted:
-        linear(wanted)
+        usable(wanted)
         return wanted
     return next(name for name in ORDER.get(device_type, ANYWHERE) if reason_unusable(name) is None)
 

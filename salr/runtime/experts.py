@@ -21,8 +21,7 @@ class SalrStack(PackedModule):
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Return W[expert] x (..., N) for x (..., K)."""
-        matrix = self.matrices()[expert]
-        return product.linear(x, matrix.weight, matrix.adapters, None, self.backend)
+        return product.linear(x, self.matrices()[expert], None, self.backend)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ class SalrLinear(PackedModule):
         """Return W x + bias (..., N) in x's dtype."""
         if torch.compiler.is_compiling():
             return product.traced(x, self._traced_weight(), self.stacked_adapters(), self.bias, self.backend)
-        matrix = self.matrices()[0]
-        return product.linear(x, matrix.weight, matrix.adapters, self.bias, self.backend)
+        return product.linear(x, self.matrices()[0], self.bias, self.backend)
 
     def _traced_weight(self) -> PackedWeight:
         """Return the buffers themselves, so that a traced graph refers to them and not to copies of them."""

@@ -57,7 +57,7 @@ def load(
     """
     chosen, target = _dtype(dtype), torch.device(device)
     if backend is not None:
-        backends.linear(backend)
+        backends.usable(backend)
     file = SalrFile(path)
     with asset_folder(file, _MODEL_FILES) as folder, quiet_transformers():
         config = read_config(file, folder)

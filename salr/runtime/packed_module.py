@@ -8,14 +8,15 @@ or the choice of adapters changes. One float adapter is used where it lies, with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..formats.manifest import RESIDUAL, ModuleEntry
 from ..formats.values import PADDING_BYTES
+from .backends import backend_for
 from .errors import LoadError
 from .layout import TORCH_DTYPES, ModuleLayout
 from .packed import TORCH_ENCODINGS, Adapters, PackedWeight
@@ -29,6 +30,26 @@ class Matrix:
 
     weight: PackedWeight
     adapters: Adapters | None
+    _products: dict[tuple[str, str | None], _Product] = field(default_factory=dict, compare=False)
+
+    def product(
+        self, device_type: str, bias: torch.Tensor | None, backend: str | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return x (M, K) -> y (M, N), made ready at the first call and again where the bias has changed."""
+        version = None if bias is None else bias._version
+        found = self._products.get((device_type, backend))
+        if found is None or found.bias is not bias or found.version != version:
+            run = backend_for(device_type, backend).product(self.weight, self.adapters, bias)
+            found = self._products[device_type, backend] = _Product(run, bias, version)
+        return found.run
+
+
+class _Product(NamedTuple):
+    """A product that was made ready, and the bias it was made with."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    bias: torch.Tensor | None
+    version: int | None
 
 
 class Factors(torch.nn.Module):

@@ -10,23 +10,25 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .backends import linear_for
+from .backends import backend_for
 from .packed import Adapters, PackedWeight
+from .packed_module import Matrix
 
 Tensor = torch.Tensor
 
 
-def linear(
-    x: Tensor, weight: PackedWeight, adapters: Adapters | None, bias: Tensor | None, backend: str | None = None
-) -> Tensor:
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None = None) -> Tensor:
     """Return x W^T + adapters + bias (..., N) in x's dtype for x (..., K), by ``backend`` or the device's own.
 
     Gradients flow to x and to bias; weight and adapters are constants.
     """
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling():
-        return traced(x, weight, adapters, bias, backend)
-    return _run(x, weight, adapters, bias, backend)
+        return traced(x, matrix.weight, matrix.adapters, bias, backend)
+    rows = _rows(x, matrix.weight)
+    if not rows.numel():
+        return x.new_zeros((*x.shape[:-1], matrix.weight.n_rows))
+    return matrix.product(x.device.type, bias, backend)(rows).view(*x.shape[:-1], matrix.weight.n_rows)
 
 
 def traced(
@@ -40,17 +42,11 @@ def traced(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _run(
-    x: Tensor, weight: PackedWeight, adapters: Adapters | None, bias: Tensor | None, backend: str | None
-) -> Tensor:
-    """Call the backend with x as (M, K); a batch without rows needs none."""
-    shape = (*x.shape[:-1], weight.n_rows)
+def _rows(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Return x as (M, K), contiguous."""
     if x.shape[-1] != weight.n_columns:
         raise ValueError(f"x has {x.shape[-1]} columns, the weight {weight.n_columns}")
-    if not x.numel():
-        return x.new_zeros(shape)
-    product = linear_for(x.device.type, backend)
-    return product(x.reshape(-1, weight.n_columns), weight, adapters, bias).view(shape)
+    return x.reshape(-1, weight.n_columns).contiguous()
 
 
 @torch.library.custom_op("salr::linear", mutates_args=())
@@ -74,8 +70,11 @@ def _linear(
     weight = PackedWeight(
         n_rows, n_columns, nnz, encoding, pattern, values, bitmap, _signed(row_offsets), _wide(scales), group_size
     )
-    y = _run(x, weight, _adapters(lora_A, lora_B, scaling), None, backend)
-    return y.clone() if y.data_ptr() == x.data_ptr() and y.numel() else y
+    rows, shape = _rows(x, weight), (*x.shape[:-1], n_rows)
+    if not rows.numel():
+        return x.new_zeros(shape)
+    product = backend_for(x.device.type, backend).linear
+    return product(rows, weight, _adapters(lora_A, lora_B, scaling), None).view(shape)
 
 
 @_linear.register_fake

@@ -17,7 +17,7 @@ def forgotten():
     """Forget what was found, before and after."""
     for _ in (0, 1):
         backends._found.cache_clear()
-        backends.linear_for.cache_clear()
+        backends.backend_for.cache_clear()
         if not _:
             yield
 
@@ -32,13 +32,13 @@ def fake(monkeypatch, name, **members):
 
 def test_the_reference_runs_everywhere():
     assert backends.reason_unusable("reference") is None
-    assert backends.linear("reference") is reference.linear
+    assert backends.usable("reference").linear is reference.linear
     assert backends.choose("xpu") == "reference"
 
 
 def test_a_usable_backend_of_the_device_is_chosen(monkeypatch):
     module = fake(monkeypatch, "cpu", linear=lambda x, *rest: x, reason_unusable=lambda: None)
-    assert backends.choose("cpu") == "cpu" and backends.linear_for("cpu") is module.linear
+    assert backends.choose("cpu") == "cpu" and backends.backend_for("cpu").linear is module.linear
     assert backends.choose("meta") == "reference"
 
 
@@ -46,7 +46,7 @@ def test_an_unusable_backend_is_passed_over_with_its_reason(monkeypatch):
     fake(monkeypatch, "cpu", linear=None, reason_unusable=lambda: "this processor has no AVX2")
     assert backends.choose("cpu") == "reference"
     with pytest.raises(BackendError, match="backend 'cpu' cannot be used here: this processor has no AVX2; see"):
-        backends.linear("cpu")
+        backends.usable("cpu")
 
 
 def test_a_module_that_is_absent_is_not_installed(monkeypatch):
@@ -94,3 +94,32 @@ def test_a_layer_computes_with_the_backend_it_is_told(monkeypatch, golden):
     layer.backend = "reference"
     layer.row_offsets.zero_(), layer.bitmap.zero_(), layer.values.zero_()
     assert layer(torch.ones(2, 8)).tolist() == [[0.0] * 3] * 2
+
+
+def test_a_matrix_is_made_ready_once_and_again_where_the_bias_changes(monkeypatch, golden):
+    from salr.formats.reader import SalrFile
+
+    from salr.runtime.layout import module_layout
+    from salr.runtime.linear import SalrLinear
+
+    prepared = []
+
+    def prepare(weight, adapters, bias):
+        prepared.append(bias.tolist())
+        return weight, adapters, bias.clone()
+
+    fake(
+        monkeypatch, "cpu", linear=reference.linear, prepare=prepare, apply=lambda ready, x: reference.linear(x, *ready)
+    )
+    file, name = SalrFile(golden), "layers.0.attn.k"
+    bias = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    layer = SalrLinear(module_layout(name, file.modules[name], file.tensors), bias, device="cpu")
+    for tensor in layer.buffers():
+        tensor.zero_()
+    for _ in range(3):
+        assert layer(torch.ones(2, 8)).count_nonzero() == 0
+    bias += 1
+    assert layer(torch.ones(2, 8)).tolist() == [[1.0] * 3] * 2
+    layer.bias = torch.nn.Parameter(torch.full((3,), 5.0), requires_grad=False)
+    assert layer(torch.ones(2, 8)).tolist() == [[5.0] * 3] * 2
+    assert prepared == [[0.0] * 3, [1.0] * 3, [5.0] * 3]

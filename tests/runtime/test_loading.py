@@ -146,7 +146,7 @@ def unused_kernels(monkeypatch):
     def never(*arguments, **options):
         pytest.fail("a kernel was called")
 
-    monkeypatch.setattr("salr.runtime.product._run", never)
+    monkeypatch.setattr("salr.runtime.packed_module.Matrix.product", never)
 
 
 @pytest.mark.parametrize("suffix", ["bitmap", "values", "row_offsets", "lora_A.residual"])
