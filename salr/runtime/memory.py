@@ -18,16 +18,23 @@ def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes; None where it cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
+    return _linux_bytes("/proc/meminfo", "MemAvailable:") if device.type == "cpu" else None
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """Return the memory that this process uses on a device in bytes, mapped files included; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _linux_bytes("/proc/self/status", "VmRSS:") if device.type == "cpu" else None
+
+
+def _linux_bytes(path: str, key: str) -> int | None:
+    """Return a size that Linux tells in kB; None elsewhere."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
 def check_fits(needed: int, device: torch.device, path: object) -> None:
