@@ -51,8 +51,8 @@ def write_random(path: Path, shape: dict[str, Any]) -> None:
         specs.append(TensorSpec(name, "BF16", extents))
         pieces[name] = lambda: np.resize(noise, extents)
 
+    adapter = AdapterEntry("residual", RANK, 1.0, "random")
     for name, (n_rows, n_columns) in matrices(shape).items():
-        adapter = AdapterEntry("residual", RANK, 1.0, "random")
         nnz = n_rows * n_columns // 2
         entry = ModuleEntry(
             f"{name}.weight", (n_rows, n_columns), False, (n_rows, n_columns), "BF16", nnz, "unstructured", "bf16",
@@ -68,10 +68,9 @@ def write_random(path: Path, shape: dict[str, Any]) -> None:
         dense(f"{name}.lora_B.residual", n_rows, RANK)
     for name, extents in kept(shape).items():
         dense(name, *extents)
-    config = np.frombuffer(json.dumps(shape).encode(), np.uint8)
-    specs.append(TensorSpec("assets/config.json", "U8", config.shape))
+    specs.append(TensorSpec("assets/config.json", "U8", (len(json.dumps(shape)),)))
     with SalrWriter(path, specs, force=True, fresh=True) as writer:
-        writer.write("assets/config.json", config)
+        writer.write_pieces("assets/config.json", [json.dumps(shape).encode()])
         for name, make in pieces.items():
             writer.write(name, make())
         for name, entry in modules.items():

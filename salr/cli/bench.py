@@ -45,7 +45,8 @@ def show(found: Comparison, prompt_tokens: int, new_tokens: int) -> None:
     for result in found.results:
         used = "" if result.memory_bytes is None else f", {console.megabytes(result.memory_bytes)} of memory"
         console.say(
-            f"{result.name}   loaded in {result.load_seconds:.2f} s, first call {result.first_call_seconds:.2f} s{used}"
+            f"{result.name} ({result.backend})   loaded in {result.load_seconds:.2f} s, "
+            f"first call {result.first_call_seconds:.2f} s{used}"
         )
     console.say(f"tokens per second over all sequences; prompt {prompt_tokens}, {new_tokens} new tokens, random ids")
     columns = ["batch", "write", "read prompt"]

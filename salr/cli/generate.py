@@ -57,7 +57,7 @@ def generate(
     answer = _answer(model, tokenizer, [*opening, {"role": "user", "content": prompt}], options, as_json)
     if as_json:
         return console.say_json(asdict(answer) | {"tokens_per_second": answer.tokens_per_second})
-    return _show_cost(answer, quiet)
+    return _show_cost(answer, model, quiet)
 
 
 def _converse(model: Any, tokenizer: Any, messages: list[Message], options: GenerateOptions, quiet: bool) -> None:
@@ -77,7 +77,7 @@ def _converse(model: Any, tokenizer: Any, messages: list[Message], options: Gene
         messages.append({"role": "user", "content": line.strip()})
         answer = _answer(model, tokenizer, messages, options, silent=False)
         messages.append({"role": "assistant", "content": answer.text})
-        _show_cost(answer, quiet)
+        _show_cost(answer, model, quiet)
 
 
 def _answer(model: Any, tokenizer: Any, messages: list[Message], options: GenerateOptions, silent: bool) -> Generated:
@@ -93,13 +93,16 @@ def _answer(model: Any, tokenizer: Any, messages: list[Message], options: Genera
     return answer
 
 
-def _show_cost(answer: Generated, quiet: bool) -> None:
-    """Print tokens and speed on stderr, so that stdout holds the text alone."""
+def _show_cost(answer: Generated, model: Any, quiet: bool) -> None:
+    """Print tokens and speed on stderr, so that stdout holds the text alone; say where only the reference computes."""
+    from ..runtime.benchmark import backend_of
+
     if not quiet:
+        slow = "; the reference backend decodes every weight at each token, `salr doctor` says why it computes"
         rate = f", {answer.tokens_per_second:.1f} tokens/s after the first" if answer.tokens_per_second else ""
         console.err.print(
             f"{answer.n_prompt_tokens} tokens read, first answered in {answer.first_token_seconds:.2f} s; "
-            f"{answer.n_new_tokens} written{rate}",
+            f"{answer.n_new_tokens} written{rate}{slow if backend_of(model) == 'reference' else ''}",
             style="dim",
         )
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..formats.errors import OptionError
-from . import memory
+from . import backends, memory
 from .errors import LoadError
+from .experts import packed_modules
 from .loading import DTYPES, load
 from .quiet import quiet_transformers
 
@@ -59,9 +60,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One model; ``memory_bytes`` is what loading it and one run took, None where that cannot be told."""
+    """One model; ``memory_bytes`` is what loading it and one run took, None where that cannot be told.
+
+    ``backend`` computes its packed layers, "torch" where it has none.
+    """
 
     name: str
+    backend: str
     load_seconds: float
     first_call_seconds: float
     memory_bytes: int | None
@@ -150,7 +155,14 @@ def _measure_model(
     after = memory.used_bytes(device)
     used = None if before is None or after is None else after - before
     speeds = tuple(measure(model, batch, options) for batch in options.batches)
-    return model, BenchResult(name, load_seconds, first_call_seconds, used, speeds)
+    return model, BenchResult(name, backend_of(model), load_seconds, first_call_seconds, used, speeds)
+
+
+def backend_of(model: torch.nn.Module) -> str:
+    """Return the backend that computes a model's packed layers, "torch" where it has none."""
+    for _, module in packed_modules(model):
+        return module.backend or backends.choose(module.values.device.type)
+    return "torch"
 
 
 def _check_length(model: Any, name: str, options: BenchOptions) -> None:

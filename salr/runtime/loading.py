@@ -66,10 +66,9 @@ def load(
         _check_memory(file, skeleton, target if device_map is None else None, chosen or config.dtype)
         check_integrity(file)
         model = _from_pretrained(file, model_class, config, skeleton, folder, chosen, device_map)
-    model.config.name_or_path = str(path)
-    model.name_or_path = str(path)
     for _, module in packed_modules(model):
         module.backend = backend
+    model.name_or_path = model.config.name_or_path = str(path)
     return model if device_map is not None else model.to(target)
 
 

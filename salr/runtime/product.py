@@ -11,8 +11,8 @@ import torch
 
 from . import reference
 from .backends import backend_for
+from .matrix import Matrix
 from .packed import Adapters, PackedWeight
-from .packed_module import Matrix
 
 Tensor = torch.Tensor
 

@@ -16,7 +16,7 @@ def test_one_file_gives_a_line_a_batch(salr, speaker):
     result = salr("bench", speaker, "--batch", 1, "--batch", 3, *QUICK)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"{speaker}   loaded in ") and "of memory" in lines[0]
+    assert lines[0].startswith(f"{speaker} (") and "of memory" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["batch", "1", "3"]
     assert all(float(cell) > 0 for line in lines[3:] for cell in line.split())
 
@@ -24,7 +24,7 @@ def test_one_file_gives_a_line_a_batch(salr, speaker):
 def test_against_dense_there_are_ratios_and_a_verdict(salr, speaker, llama):
     result = salr("bench", speaker, "--against", llama, "--batch", 1, "--batch", 2, *QUICK)
     lines = result.stdout.splitlines()
-    assert lines[1].startswith(f"{llama}   loaded in ")
+    assert lines[1].startswith(f"{llama} (torch)   loaded in ")
     assert [line.count("x") for line in lines[4:6]] == [2, 2]
     assert lines[6].startswith(("dense writes faster from batch ", "packed writes faster at every batch up to 2"))
 
@@ -44,14 +44,16 @@ def test_the_crossover_is_found_between_the_measured_batches(border, monkeypatch
     monkeypatch.setattr(benchmark, "measure", measure)
     options = BenchOptions()
     results = tuple(
-        BenchResult(model, 0, 0, None, tuple(measure(model, batch, options) for batch in options.batches))
+        BenchResult(model, "", 0, 0, None, tuple(measure(model, batch, options) for batch in options.batches))
         for model in ("packed", "dense")
     )
     assert benchmark._crossover(["packed", "dense"], results, options) == border
 
 
 def test_there_is_no_crossover_where_packed_always_wins():
-    results = tuple(BenchResult("m", 0, 0, None, (Speed(1, 1.0, speed), Speed(8, 1.0, speed))) for speed in (2.0, 1.0))
+    results = tuple(
+        BenchResult("m", "", 0, 0, None, (Speed(1, 1.0, speed), Speed(8, 1.0, speed))) for speed in (2.0, 1.0)
+    )
     assert benchmark._crossover([None, None], results, BenchOptions((1, 8))) is None
 
 

@@ -206,8 +206,8 @@ def test_an_expert_may_begin_in_the_middle_of_a_byte(encoding):
     from salr.formats.module import ModuleTensors
     from salr.formats.values import encode_quantized, pad_values
 
+    from salr.runtime.matrix import split
     from salr.runtime.packed import PackedWeight
-    from salr.runtime.packed_module import split
     from salr.runtime.reference import dense as decode
 
     rng = np.random.default_rng(0)

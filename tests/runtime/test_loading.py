@@ -12,6 +12,7 @@ import pytest
 import torch
 from salr.formats.errors import AdapterError, ChecksumError, FormatError, OptionError, VersionError
 from salr.formats.manifest import MANIFEST_NAME
+from salr.formats.reader import SalrFile
 
 import salr
 from salr.runtime import backends, memory
@@ -146,7 +147,7 @@ def unused_kernels(monkeypatch):
     def never(*arguments, **options):
         pytest.fail("a kernel was called")
 
-    monkeypatch.setattr("salr.runtime.packed_module.Matrix.product", never)
+    monkeypatch.setattr("salr.runtime.matrix.Matrix.product", never)
 
 
 @pytest.mark.parametrize("suffix", ["bitmap", "values", "row_offsets", "lora_A.residual"])
@@ -244,3 +245,84 @@ def test_manifest_is_no_weight(packed):
 
 def test_the_default_backend_of_the_cpu_is_usable():
     assert backends.reason_unusable(backends.choose("cpu")) is None
+
+
+@pytest.mark.parametrize("encoding", ["int8", "nf4"])
+def test_quantized_values_and_an_int8_residual_load_and_compute(packed, tmp_path, encoding):
+    path = quantized(packed, tmp_path / "q.salr", encoding)
+    salr.unpack(path, tmp_path / "dense", dtype="fp32")
+    from transformers import AutoModelForCausalLM
+
+    model, dense = salr.load(path, dtype="fp32"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert {module.entry.encoding for _, module in packed_modules(model)} == {encoding}
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+def quantized(packed, path, encoding):
+    """Write the file again with quantized values, and the residual in int8."""
+    from dataclasses import replace
+
+    from salr.formats import naming
+    from salr.formats.container import TensorSpec
+    from salr.formats.dtypes import to_float32
+    from salr.formats.values import encode_quantized, pad_values
+    from salr.formats.writer import SalrWriter
+
+    file, group = SalrFile(packed), 16
+    tensors = {name: (stored.dtype, file.tensor(name)) for name, stored in file.tensors.items()}
+    del tensors[MANIFEST_NAME]
+    modules = {}
+    for name, entry in file.modules.items():
+        scales = np.abs(file.module(name).dense().reshape(*entry.shape[:1], -1, group)).max(-1) / 127
+        each = np.repeat(scales, group, axis=1)[file.module(name).mask()].astype(np.float32)
+        kept = file.module(name).dense()[file.module(name).mask()]
+        codes = encode_quantized(kept, each * (127 if encoding == "nf4" else 1), encoding)
+        tensors[naming.values_name(name)] = "U8", pad_values(codes, encoding, entry.nnz)
+        scales = scales * (127 if encoding == "nf4" else 1)
+        tensors[naming.scales_name(name)] = "F32", scales.astype(np.float32)
+        unit = 1.0
+        for spell, axis in ((naming.lora_a_name, 1), (naming.lora_b_name, 0)):
+            factor = to_float32(file.tensor(spell(name, "residual")), "BF16")
+            largest = np.abs(factor).max(axis, keepdims=True) / 127
+            tensors[spell(name, "residual")] = "I8", np.rint(factor / largest).astype(np.int8)
+            unit = unit * largest.reshape(-1)
+        tensors[naming.rank_scales_name(name, "residual")] = "F32", unit.astype(np.float32)
+        modules[name] = replace(entry, encoding=encoding, group_size=group, values_from="refit")
+    specs = [TensorSpec(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
+    with SalrWriter(path, specs) as writer:
+        for name, (_, array) in tensors.items():
+            writer.write(name, array)
+        writer.finish(replace(file.manifest, modules=modules))
+    return path
+
+
+def test_a_whole_model_compiles_with_the_operator_in_its_graph(packed):
+    model = salr.load(packed, dtype="fp32")
+    expected = logits(model)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    torch.testing.assert_close(logits(compiled), expected)
+    calls = [node for graph in graphs for node in graph.graph.nodes if "salr" in str(node.target)]
+    assert len(calls) == len(salr.open(packed).modules)
+
+
+def test_a_whole_model_is_exported(packed):
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    model = salr.load(packed, dtype="fp32")
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (IDS,), strict=False)
+        torch.testing.assert_close(program.module()(IDS), logits(model))
+    assert len([node for node in program.graph.nodes if node.target is torch.ops.salr.linear.default]) == 14
