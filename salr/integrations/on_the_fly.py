@@ -24,7 +24,7 @@ from ..formats.dtypes import Array
 from ..formats.errors import OptionError
 from ..runtime.experts import SalrExperts, SalrStack
 from ..runtime.layout import TORCH_DTYPES as LAYOUT_DTYPES
-from ..runtime.layout import module_layout
+from ..runtime.layout import buffer_name, module_layout
 from ..runtime.linear import SalrLinear
 from ..runtime.skeleton import is_experts, is_linear
 
@@ -79,7 +79,7 @@ class Packer:
         is_stack = len(packed.entry.shape) == 3
         module = SalrStack(layout) if is_stack else SalrLinear(layout, old.bias)
         state = {
-            spec.name: _tensor(packed.tensors[f"{planned.name}.{spec.name}"], spec).to(weight.device)
+            buffer_name(spec.name): _tensor(packed.tensors[f"{planned.name}.{spec.name}"], spec).to(weight.device)
             for spec in layout.tensors
         }
         module.load_state_dict(state, strict=False, assign=True)

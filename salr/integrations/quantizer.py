@@ -10,10 +10,13 @@ import types
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..runtime.adapters import set_adapters
+from ..runtime.experts import packed_modules
+from ..runtime.layout import buffer_name
 from ..runtime.loading import check_integrity
 from ..runtime.skeleton import Skeleton, build, plan_skeleton
 from .config import METHOD, SalrConfig
@@ -50,11 +53,24 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_integrity(file)
                 self.skeleton = plan_skeleton(model, file.manifest, file.tensors)
                 file.refuse_dense(self.skeleton)
+            dtype = model.dtype
             build(model, self.skeleton)
+            for _, module in packed_modules(model):
+                module.compute_dtype = dtype
             ignored = {r"^assets/", r"^salr\.manifest$"}
             model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         else:
             self.packer = Packer(model, self.quantization_config.options)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return the renamings of the factors of packed modules, from a file's names to the model's."""
+        entries = self.skeleton.manifest.modules.values() if self.skeleton is not None else ()
+        names = sorted({adapter.name for entry in entries for adapter in entry.adapters})
+        return [
+            WeightRenaming(rf"\.{stored}\.{name}$", f".{buffer_name(stored)}.{name}")
+            for name in names
+            for stored in ("lora_A", "lora_B")
+        ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Tell whether a dense weight that is being loaded has to be packed."""
@@ -67,6 +83,9 @@ class SalrQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if not self.pre_quantized:
             self.packer.finish(model)
+        # saved_state speaks of factors by their names in files already
+        own = {str(renaming) for renaming in self.get_weight_conversions()}
+        model._weight_conversions = [c for c in model._weight_conversions or [] if str(c) not in own]
         model.set_adapters = types.MethodType(set_adapters, model)
         model.save_pretrained = types.MethodType(save_guarded, model)
         self.quantization_config.weights = None

@@ -21,6 +21,7 @@ from ..formats.errors import FormatError
 from ..formats.manifest import MANIFEST_NAME, Manifest, ModuleEntry, parse_manifest
 from ..formats.reader import SalrFile
 from ..runtime.experts import packed_modules
+from ..runtime.layout import stored_name
 from ..runtime.skeleton import Skeleton
 
 
@@ -78,7 +79,7 @@ class SavedModel(SalrFile):
 
 
 def saved_state(model: Any, manifest: Manifest | None) -> dict[str, torch.Tensor]:
-    """Return what ``save_pretrained`` has to write: the model's tensors by their names in the model, and a manifest.
+    """Return what ``save_pretrained`` has to write: the model's tensors by their names there, and a manifest.
 
     The manifest speaks of the names that transformers gives the tensors on disk (it reverts its own renamings).
 
@@ -86,12 +87,18 @@ def saved_state(model: Any, manifest: Manifest | None) -> dict[str, torch.Tensor
         manifest: of the file that the model came from, for what it says beside the tensors.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    packed = dict(packed_modules(model))
+    factors = {
+        f"{home}.{name}": f"{home}.{stored_name(name)}"
+        for home, module in packed.items()
+        for name in module.state_dict()
+    }
+    state = {factors.get(name, name): tensor for name, tensor in model.state_dict().items() if name not in tied}
     names = {id(tensor): name for name, tensor in state.items()}
     on_disk = _as_on_disk(model, state)
     disk_names = {names[id(tensor)]: name for name, tensor in on_disk.items() if id(tensor) in names}
     modules = {}
-    for home, module in packed_modules(model):
+    for home, module in packed.items():
         name = disk_names[f"{home}.values"].removesuffix(".values")
         modules[name] = _renamed(module.entry, name)
     checksums = {name: validation.digest(_raw(tensor)) for name, tensor in on_disk.items()}

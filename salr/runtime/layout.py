@@ -20,6 +20,20 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+#: what a factor is called in the file and in a torch module: peft takes every ``lora_`` in a model for its own
+_STORED, _IN_TORCH = "lora_", "factor_"
+
+
+def buffer_name(stored: str) -> str:
+    """Return the name in a torch module of a tensor below a packed module's name: factor_A.x for lora_A.x."""
+    return _IN_TORCH + stored.removeprefix(_STORED) if stored.startswith(_STORED) else stored
+
+
+def stored_name(buffer: str) -> str:
+    """Undo ``buffer_name``."""
+    return _STORED + buffer.removeprefix(_IN_TORCH) if buffer.startswith(_IN_TORCH) else buffer
+
+
 @dataclass(frozen=True)
 class ModuleLayout:
     """One packed module: its entry, and the tensors below its name (``values``, ``lora_A.residual`` ...)."""

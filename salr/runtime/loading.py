@@ -21,6 +21,7 @@ from ..formats.reader import SalrFile
 from . import backends, memory
 from .errors import LoadError
 from .experts import packed_modules
+from .layout import buffer_name
 from .mapped import decoded, mapped_tensor
 from .quiet import quiet_transformers
 from .skeleton import Skeleton, plan_skeleton
@@ -198,7 +199,7 @@ def _state(file: SalrFile, skeleton: Skeleton) -> dict[str, Any]:
             state[layout.entry.source_tensor] = decoded(file, module, lock)
             continue
         for spec in layout.tensors:
-            state[f"{skeleton.homes[module]}.{spec.name}"] = mapped_tensor(file, f"{module}.{spec.name}")
+            state[f"{skeleton.homes[module]}.{buffer_name(spec.name)}"] = mapped_tensor(file, f"{module}.{spec.name}")
     return state
 
 

@@ -1,8 +1,8 @@
 """A packed module in torch: the file's tensors as buffers, and the matrices that backends are given.
 
-Invariant: buffers have the file's names, dtypes and bytes, whatever ``.to(dtype)`` is asked for; what kernels need
-beside them (float32 scales, adapters concatenated along the rank) is derived when first used and again when a buffer
-or the choice of adapters changes. One float adapter is used where it lies, without a copy.
+Invariant: buffers have the file's dtypes and bytes, whatever ``.to(dtype)`` is asked for, and its names but for factors
+(see ``layout``); what kernels need beside them (float32 scales, adapters concatenated along the rank) is derived when
+first used and again when a buffer or the choice of adapters changes. One float adapter is used where it lies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..formats.manifest import RESIDUAL, ModuleEntry
 from .errors import LoadError
-from .layout import TORCH_DTYPES, ModuleLayout
+from .layout import TORCH_DTYPES, ModuleLayout, buffer_name
 from .matrix import Matrix, concatenated, expert_adapters, split
 from .packed import Adapters, PackedWeight
 
@@ -46,12 +46,14 @@ class PackedModule(torch.nn.Module):
         self.entry: ModuleEntry = layout.entry
         #: which backend computes; None for the device's own
         self.backend: str | None = None
+        #: what x is expected in; only ``weight`` tells it
+        self.compute_dtype = TORCH_DTYPES[layout.entry.dtype]
         self._active = {adapter.name: 1.0 for adapter in layout.entry.adapters}
         self._derived: tuple[torch.Tensor | None, list[Matrix]] | None = None
         for name in _PLAIN:
             self.register_buffer(name, None)
         for spec in layout.tensors:
-            owner, _, leaf = spec.name.rpartition(".")
+            owner, _, leaf = buffer_name(spec.name).rpartition(".")
             self._register(owner, leaf, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device))
 
     def _register(self, owner_name: str, name: str, tensor: torch.Tensor) -> None:
@@ -84,8 +86,8 @@ class PackedModule(torch.nn.Module):
 
         It is one NaN seen through strides of 0, so that to compute with it shows at once; no write to it is kept.
         """
-        dtype = TORCH_DTYPES[self.entry.dtype]
-        placeholder = torch.full((), torch.nan, dtype=dtype, device=self.values.device).expand(self.entry.shape)
+        nan = torch.full((), torch.nan, dtype=self.compute_dtype, device=self.values.device)
+        placeholder = nan.expand(self.entry.shape)
         placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
         return placeholder
 
@@ -140,8 +142,8 @@ class PackedModule(torch.nn.Module):
             own = torch.full((adapter.rank,), adapter.scaling * self._active[adapter.name], device=self.values.device)
             scaling.append(own * self._factor("rank_scales", adapter.name) if self._is_int8(adapter.name) else own)
         return Adapters(
-            lora_A=concatenated([self._factor("lora_A", adapter.name) for adapter in chosen], -2),
-            lora_B=concatenated([self._factor("lora_B", adapter.name) for adapter in chosen], -1),
+            lora_A=concatenated([self._factor("factor_A", adapter.name) for adapter in chosen], -2),
+            lora_B=concatenated([self._factor("factor_B", adapter.name) for adapter in chosen], -1),
             scaling=torch.cat(scaling) if len(scaling) > 1 else scaling[0],
         )
 
@@ -149,7 +151,7 @@ class PackedModule(torch.nn.Module):
         return self.get_submodule(kind).get_buffer(adapter)
 
     def _is_int8(self, adapter: str) -> bool:
-        return self._factor("lora_A", adapter).dtype == torch.int8
+        return self._factor("factor_A", adapter).dtype == torch.int8
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
         """Move the packed tensors with ``fn``, and keep their dtypes; everything else follows ``fn``."""
@@ -160,6 +162,7 @@ class PackedModule(torch.nn.Module):
             return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
 
         self._derived = None
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.values.device)).dtype
         super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -32,6 +32,11 @@ def test_the_text_goes_to_stdout_and_its_cost_to_stderr(salr, speaker):
     assert "4 tokens read, first answered in " in result.stderr and "6 written" in result.stderr
 
 
+def test_where_only_the_reference_computes_that_is_said(salr, speaker):
+    said = salr("generate", speaker, "w5", "--backend", "reference", *QUICK).stderr
+    assert "the reference backend decodes every weight at each token" in said
+
+
 def test_raw_continues_the_prompt_without_a_template(salr, speaker):
     result = salr("generate", speaker, "w5 w6", "--raw", "--quiet", *QUICK)
     assert result.stdout.split() == expected(speaker, "w5 w6", chat=False).split()

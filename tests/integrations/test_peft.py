@@ -57,6 +57,7 @@ def test_get_peft_model_takes_packed_layers_without_a_word(model):
 
 def test_training_learns_and_leaves_the_packed_weights_alone(model):
     bytes_before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not [name for name in bytes_before if "lora_" in name]  # older peft saves whatever is called so
     tuned = get_peft_model(model, LoraConfig(**LORA))
     losses = step(tuned, 5)
     assert losses[-1] < losses[0]
@@ -107,6 +108,25 @@ def test_a_files_own_adapter_of_the_same_name_stays_out_of_the_saved_one(llama32
     tuned.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 8 and {min(tensor.shape) for tensor in saved.values()} == {3}
+
+
+def test_the_state_dict_of_a_wrapped_model_goes_back_in(packed, model):
+    tuned, other = (get_peft_model(base, LoraConfig(**LORA)) for base in (model, salr.load(packed, dtype="fp32")))
+    step(tuned)
+    state = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    other.load_state_dict(state, strict=True)
+    torch.testing.assert_close(logits(other), logits(tuned))
+
+
+def test_transformers_own_way_to_add_an_adapter_works(packed, model, tmp_path):
+    tuned = get_peft_model(model, LoraConfig(**LORA))
+    step(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = salr.load(packed, dtype="fp32")
+    again.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), logits(tuned), rtol=1e-5, atol=1e-6)
+    again.save_pretrained(tmp_path / "saved")
+    assert len(load_file(tmp_path / "saved" / "adapter_model.safetensors")) == 8
 
 
 def test_all_linear_finds_every_packed_layer(model):
