@@ -1,4 +1,4 @@
-# make demo   a real model: fetched, converted, inspected, verified
+# make demo   a real model: fetched, converted, inspected, verified, and generating
 # make test   ruff, mypy --strict, pytest
 # make fuzz   the long versions of the fuzzing tests
 #
@@ -20,6 +20,7 @@ demo: $(VENV)/installed
 	$(RUN) cli.py convert $(MODEL) build/smollm2.salr --force --fresh
 	$(RUN) cli.py inspect build/smollm2.salr
 	$(RUN) cli.py verify build/smollm2.salr --against $(MODEL)
+	$(RUN) cli.py generate build/smollm2.salr 'Why is the sky blue?' --max-tokens 60 --temperature 0
 	@echo
 	@echo 'Try next:'
 	@echo '  $(RUN) cli.py inspect build/smollm2.salr --modules'

@@ -16,7 +16,7 @@ import torch
 from ..formats.errors import SourceError
 
 _ROUTER_LEAVES = {"gate", "router", "shared_expert_gate", "classifier"}
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SINGLE_EXPERT = re.compile(r".*\bexperts\.\d+\..+\.weight")
 _NUMBERED_BLOCK = re.compile(r".*\.\d+\..*|\d+\..*")
 _NOT_LINEAR = re.compile(r"embed|norm|wte|wpe|ln_|router|(^|\.)gate$")
@@ -57,11 +57,11 @@ class Architecture:
     """The roles of a checkpoint's tensors."""
 
     def __init__(self, checkpoint: Described) -> None:
-        self._n_experts = {checkpoint.config.get(key) for key in _EXPERT_COUNTS} - {None}
+        self._n_experts = {checkpoint.config.get(key) for key in EXPERT_COUNTS} - {None}
         model = _meta_model(checkpoint)
         self.class_name = type(model).__name__ if model is not None else None
         self._prefix = getattr(model, "base_model_prefix", "") or ""
-        self._roles = _roles_of_model(model, self._n_experts) if model is not None else {}
+        self._roles = roles_of_model(model, self._n_experts) if model is not None else {}
 
     def role(self, name: str, shape: tuple[int, ...]) -> Role:
         """Return the role of tensor ``name``."""
@@ -126,7 +126,8 @@ def _meta_model(checkpoint: Described) -> torch.nn.Module | None:
     return model
 
 
-def _roles_of_model(model: torch.nn.Module, n_experts: set[Any]) -> dict[str, Role]:
+def roles_of_model(model: torch.nn.Module, n_experts: set[Any]) -> dict[str, Role]:
+    """Return the role of every parameter of a model, by name; a linear layer of ``n_experts`` rows is a router."""
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     roles = {}
     for module_name, module in model.named_modules():

@@ -106,26 +106,15 @@ def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
         one_thread_each(worker_count(options, device)) as pool,
         beside(2) as helpers,
     ):
-<<<<<<< HEAD
         copies = helpers.submit(_copy_unchanged, plan, writer)
-        hashes = {path: helpers.submit(sha256, path) for path in _source_paths(plan)}
+        hashes = [(name, helpers.submit(sha256, path)) for name, path in _source_files(plan)]
         outcome = Job(plan, device, writer).run(pool, progress)
         copies.result()
-        files = [{"name": path.name, "sha256": future.result()} for path, future in hashes.items()]
-=======
-        hashes = [(name, hasher.submit(sha256, path)) for name, path in _source_files(plan)]
-        outcome = Job(plan, device, writer).run(pool, progress)
-        for tensor in plan.kept:
-            writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
-        for name, path in plan.assets():
-            writer.write_pieces(naming.ASSET_PREFIX + name, [path.read_bytes()])
         files = [{"name": name, "sha256": future.result()} for name, future in hashes]
->>>>>>> adapters
         writer.finish(_manifest(plan, outcome, device, files))
     return outcome
 
 
-<<<<<<< HEAD
 def _copy_unchanged(plan: Plan, writer: SalrWriter) -> None:
     """Write what is carried along bit for bit: tensors that stay dense, and assets."""
     for tensor in plan.kept:
@@ -134,11 +123,8 @@ def _copy_unchanged(plan: Plan, writer: SalrWriter) -> None:
         writer.write_pieces(naming.ASSET_PREFIX + name, [path.read_bytes()])
 
 
-def _source_paths(plan: Plan) -> list[Path]:
-=======
 def _source_files(plan: Plan) -> list[tuple[str, Path]]:
     """Return the files read, each under the name that the ledger gives it."""
->>>>>>> adapters
     paths = [plan.checkpoint.directory / "config.json", *plan.checkpoint.weight_paths()]
     files = [(path.name, path) for path in paths]
     return files + [(input_file(a.name, path.name), path) for a in plan.adapters for path in a.weight_paths()]

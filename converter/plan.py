@@ -102,7 +102,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     choices = choose_tensors(checkpoint, architecture, options)
     trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
-    modules = [_plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
+    modules = [plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
     if options.chosen_scope == "global":
         modules = _with_global_counts(modules, checkpoint, options)
     packed_names = {choice.tensor.name for choice in packed}
@@ -123,9 +123,10 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     return plan
 
 
-def _plan_module(
+def plan_module(
     choice: Choice, trained: list[TrainedPair], checkpoint: Checkpoint, options: ConvertOptions
 ) -> PlannedModule:
+    """Decide how one tensor is packed; ``trained`` are the adapter factors that target it."""
     tensor, transposed = choice.tensor, choice.role.transposed
     check_packable(tensor, choice.role, checkpoint)
     *experts, n_rows, n_columns = (*tensor.shape[:-2], *reversed(tensor.shape[-2:])) if transposed else tensor.shape
@@ -150,8 +151,7 @@ def _plan_module(
     if removed or settings.is_quantized:
         rank = _residual_rank(choice.module, settings, min(n_rows, n_columns))
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
-<<<<<<< HEAD
-    adapters += [AdapterEntry(t.adapter.name, t.pair.rank, t.pair.scaling, "PEFT LoRA", t.pair.alpha) for t in trained]
+    adapters += [t.entry() for t in trained]
     entry = replace(entry, adapters=tuple(adapters))
     residual_dtype = "I8" if settings.adapter_values == "int8" else tensor.dtype
     if residual_dtype == "I8" and rank and experts:
@@ -162,10 +162,6 @@ def _plan_module(
             fix=f"--set '{choice.module} adapter_values=source'",
         )
     return PlannedModule(choice.module, entry, tuple(trained), reason, residual_dtype)
-=======
-    adapters += [t.entry() for t in trained]
-    return PlannedModule(choice.module, replace(entry, adapters=tuple(adapters)), tuple(trained), reason)
->>>>>>> adapters
 
 
 def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:

@@ -13,6 +13,10 @@ if not (_package_dir / "converter").is_dir():
 
 __version__ = "0.1.0"
 
+from .integrations.hooks import install as _install_hooks  # noqa: E402 - below the line that finds sibling folders
+
+_install_hooks()
+
 if TYPE_CHECKING:
     from .converter.adapter_editing import add_adapter as add_adapter
     from .converter.adapter_editing import remove_adapter as remove_adapter
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from .formats.errors import SalrError as SalrError
     from .formats.reader import SalrFile as SalrFile
     from .formats.rewriting import Destination as Destination
+    from .integrations.config import SalrConfig as SalrConfig
+    from .runtime.adapters import set_adapters as set_adapters
+    from .runtime.loading import load as load
+    from .runtime.loading import load_tokenizer as load_tokenizer
 
 #: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
 _PUBLIC = {
@@ -42,6 +50,7 @@ _PUBLIC = {
     "EvalOptions": ".evaluation.protocol",
     "EvalResult": ".evaluation.results",
     "ModuleOptions": ".converter.module_options",
+    "SalrConfig": ".integrations.config",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
     "add_adapter": ".converter.adapter_editing",
@@ -52,6 +61,9 @@ _PUBLIC = {
     "merge_adapters": ".converter.adapter_merging",
     "remove_adapter": ".converter.adapter_editing",
     "scale_adapter": ".converter.adapter_editing",
+    "load": ".runtime.loading",
+    "load_tokenizer": ".runtime.loading",
+    "set_adapters": ".runtime.adapters",
     "unpack": ".converter.unpack",
 }
 __all__ = [
@@ -62,6 +74,7 @@ __all__ = [
     "EvalOptions",
     "EvalResult",
     "ModuleOptions",
+    "SalrConfig",
     "SalrError",
     "SalrFile",
     "add_adapter",
@@ -69,10 +82,13 @@ __all__ = [
     "evaluate",
     "export_peft",
     "list_adapters",
+    "load",
+    "load_tokenizer",
     "merge_adapters",
     "open",
     "remove_adapter",
     "scale_adapter",
+    "set_adapters",
     "unpack",
 ]
 

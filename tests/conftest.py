@@ -274,3 +274,24 @@ def calibration() -> Callable[..., Any]:
         return CalibrationOptions(str(text), **{"samples": 3, "length": 24} | settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def speaker(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return ``llama`` with a tokenizer of the words w0, w1 ... and a chat template, as a .salr file."""
+    import shutil
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    import salr
+
+    folder = shutil.copytree(llama, tmp_path_factory.mktemp("speaker") / "tiny-speaker")
+    (folder / "tokenizer.json").unlink()
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}w{{ 100 + m.role|length }} {{ m.content }} {% endfor %}w99"
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=template).save_pretrained(folder)
+    out = folder.parent / "speaker.salr"
+    salr.convert(folder, out, salr.ConvertOptions(salr.ModuleOptions(0.5, 8), method="magnitude"))
+    return out

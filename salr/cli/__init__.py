@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import adapters, console, convert, eval, export, inspect, unpack, verify
+from . import adapters, bench, console, convert, doctor, eval, export, generate, inspect, unpack, verify
 
 app = typer.Typer(
     name="salr",
@@ -24,8 +24,11 @@ app.add_typer(adapters.app, name="adapters", rich_help_panel="Make")
 app.command("inspect", rich_help_panel="Look")(console.guarded(inspect.inspect))
 app.command("verify", rich_help_panel="Look")(console.guarded(verify.verify))
 app.command("eval", rich_help_panel="Look")(console.guarded(eval.evaluate))
+app.command("generate", rich_help_panel="Run")(console.guarded(generate.generate))
+app.command("bench", rich_help_panel="Run")(console.guarded(bench.bench))
 app.add_typer(export.app, name="export", rich_help_panel="Leave")
 app.command("unpack", rich_help_panel="Leave")(console.guarded(unpack.unpack))
+app.command("doctor", rich_help_panel="Tools")(console.guarded(doctor.doctor))
 
 
 def main() -> int:

@@ -38,3 +38,22 @@ def peft(
         console.say(f"! {found} have their residual in the base.", quiet=quiet)
     for made in (export.base, *export.adapters.values()):
         console.say(f"wrote {made}", quiet=quiet)
+
+
+@app.command("hf")
+@console.guarded
+def hf(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .salr file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT/", help="The directory to make.")],
+    quiet: console.Quiet = False,
+) -> None:
+    """Write a directory that transformers loads, packed, after `import salr`."""
+    from ..converter.export_hf import export_hf
+
+    export_hf(path, out)
+    console.say(f"wrote {out}", quiet=quiet)
+    console.say(
+        f'next:  python -c "import salr; from transformers import AutoModelForCausalLM as A; '
+        f"A.from_pretrained('{out}')\"",
+        quiet=quiet,
+    )

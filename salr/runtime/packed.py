@@ -7,6 +7,7 @@ differences of ``row_offsets``, so that no index of a kernel leaves ``values``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the same matrix on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
             for name in ("values", "bitmap", "row_offsets", "scales")
         }

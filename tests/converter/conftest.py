@@ -150,7 +150,7 @@ def plain(llama32, tmp_path_factory):
 def adapted(llama32, lora, tmp_path_factory):
     """Return ``llama32`` converted with the LoRA as adapter ``a``."""
     out = tmp_path_factory.mktemp("adapted") / "adapted.salr"
-    salr.convert(llama32, out, replace(MAGNITUDE, adapters=(("a", lora),)))
+    salr.convert(llama32, out, dataclasses.replace(MAGNITUDE, adapters=(("a", lora),)))
     return out
 
 

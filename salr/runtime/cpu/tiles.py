@@ -71,7 +71,8 @@ def _workspace(n_columns: int, dtype: torch.dtype, n_bytes: int) -> torch.Tensor
     n_rows = max(ROW_MULTIPLE, n_bytes // (stride * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
     kept: dict[torch.dtype, torch.Tensor] = _own.__dict__.setdefault("workspaces", {})
     if dtype not in kept or kept[dtype].numel() < n_rows * stride:
-        kept[dtype] = torch.empty(n_rows * stride, dtype=dtype)
+        with torch.inference_mode(False):  # it outlives the call, and a later one may run outside inference mode
+            kept[dtype] = torch.empty(n_rows * stride, dtype=dtype)
     return kept[dtype][: n_rows * stride].view(n_rows, stride)[:, :n_columns]
 
 

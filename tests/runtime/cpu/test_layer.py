@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,6 +97,15 @@ def test_many_rows_of_x_give_the_reference_product(path, encoding, make_weight):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(40, n_columns).to(dtype)
             assert_close(cpu.apply(layer, x, path), x, weight, adapters, bias, dtype == torch.bfloat16)
+
+
+def test_memory_made_in_inference_mode_serves_later_calls_outside_it(make_weight, monkeypatch):
+    monkeypatch.setattr("salr.runtime.cpu.tiles._own", threading.local())
+    weight, x = make_weight(70, 150, "fp32", group_size=64), torch.randn(40, 150)
+    adapters = adapters_of(70, 150, 8)
+    with torch.inference_mode():
+        inside = cpu.linear(x, weight, adapters).clone()
+    assert torch.equal(cpu.linear(x, weight, adapters), inside)
 
 
 @PATHS

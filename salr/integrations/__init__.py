@@ -1,0 +1,1 @@
+"""SALR inside other libraries: transformers and PEFT."""

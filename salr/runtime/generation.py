@@ -1,0 +1,134 @@
+"""Generating text with a loaded model, piece by piece.
+
+Invariant: what is streamed, joined, is the text that is returned; times are measured around ``model.generate`` alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..formats.errors import OptionError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How text is generated.
+
+    Args:
+        max_tokens: generated at most.
+        temperature: 0 for the likeliest token each time; None for the model's own generation config.
+        seed: of sampling; None for another text each time.
+        raw: continue the prompt as it is, without the model's chat template.
+    """
+
+    max_tokens: int = 256
+    temperature: float | None = None
+    seed: int | None = None
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise OptionError(f"--max-tokens {self.max_tokens}", needed="1 or more")
+        if self.temperature is not None and self.temperature < 0:
+            raise OptionError(f"--temperature {self.temperature}", needed="0 or more")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of ``model.generate``."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_tokens}
+        if self.temperature is None:
+            return chosen
+        if self.temperature == 0:
+            return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return chosen | {"do_sample": True, "temperature": self.temperature}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A text with its cost: tokens read and written, seconds until the first token and in all."""
+
+    text: str
+    n_prompt_tokens: int
+    n_new_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second after the first one; 0 where there is only one."""
+        spent = self.seconds - self.first_token_seconds
+        return (self.n_new_tokens - 1) / spent if self.n_new_tokens > 1 and spent > 0 else 0.0
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Tell whether the tokenizer knows how the model wants a conversation written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    options: GenerateOptions,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generated:
+    """Answer the last of ``messages`` (each with ``role`` and ``content``), and give each piece of text to ``on_text``.
+
+    Without a chat template, or where ``options.raw`` asks for it, the last message's content is continued.
+
+    Raises:
+        OptionError: the model cannot generate.
+    """
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise OptionError(f"{type(model).__name__} does not generate text", needed="a language model")
+    inputs = _inputs(tokenizer, messages, options).to(model.device)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    streamer = _streamer(tokenizer, on_text)
+    start = time.perf_counter()
+    output = model.generate(**inputs, **options.settings(), streamer=streamer)
+    stop = time.perf_counter()
+    n_prompt = inputs["input_ids"].shape[1]
+    return Generated(
+        text="".join(streamer.pieces),
+        n_prompt_tokens=n_prompt,
+        n_new_tokens=output.shape[1] - n_prompt,
+        first_token_seconds=(streamer.first or stop) - start,
+        seconds=stop - start,
+    )
+
+
+def _inputs(tokenizer: Any, messages: Sequence[Message], options: GenerateOptions) -> Any:
+    if has_chat_template(tokenizer) and not options.raw:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    return tokenizer(messages[-1]["content"], return_tensors="pt", return_token_type_ids=False)
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """Return a streamer of transformers that notes when the first token came, and collects the text."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.pieces: list[str] = []
+            self.first: float | None = None
+
+        def put(self, value: torch.Tensor) -> None:
+            if not self.next_tokens_are_prompt and self.first is None:
+                self.first = time.perf_counter()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.pieces.append(text)
+            on_text(text)
+
+    return Streamer()

@@ -1,0 +1,53 @@
+"""A linear layer that computes on packed weights.
+
+Invariant: y = W_hat x + adapters + bias, as the file stores them, for any leading batch shape; the weight is never
+dense in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import product
+from .layout import ModuleLayout
+from .packed import PackedWeight
+from .packed_module import PackedModule
+
+
+class SalrLinear(PackedModule):
+    """Replaces a torch.nn.Linear or a transformers Conv1D; ``forward`` takes x (..., K) and returns (..., N).
+
+    Args:
+        layout: of a 2-D module.
+        bias: a parameter (N,), kept as it is; None without.
+        device: of the empty packed tensors.
+    """
+
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: ModuleLayout,
+        bias: torch.nn.Parameter | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(layout, device)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return W x + bias (..., N) in x's dtype."""
+        if torch.compiler.is_compiling():
+            return product.traced(x, self._traced_weight(), self.stacked_adapters(), self.bias, self.backend)
+        return product.linear(x, self.matrices()[0], self.bias, self.backend)
+
+    def _traced_weight(self) -> PackedWeight:
+        """Return the buffers themselves, so that a traced graph refers to them and not to copies of them."""
+        entry = self.entry
+        return PackedWeight(
+            entry.n_rows, entry.n_columns, entry.nnz, entry.encoding, entry.pattern, self.values, self.bitmap,
+            self.row_offsets, self.scales, entry.group_size,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Return shape, sparsity, rank, encoding and whether there is a bias."""
+        return f"{super().extra_repr()}, bias={self.bias is not None}"

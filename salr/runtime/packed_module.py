@@ -1,0 +1,185 @@
+"""A packed module in torch: the file's tensors as buffers, and the matrices that backends are given.
+
+Invariant: buffers have the file's dtypes and bytes, whatever ``.to(dtype)`` is asked for, and its names but for factors
+(see ``layout``); what kernels need beside them (float32 scales, adapters concatenated along the rank) is derived when
+first used and again when a buffer or the choice of adapters changes. One float adapter is used where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..formats.manifest import RESIDUAL, ModuleEntry
+from .errors import LoadError
+from .layout import TORCH_DTYPES, ModuleLayout, buffer_name
+from .matrix import Matrix, concatenated, expert_adapters, split
+from .packed import Adapters, PackedWeight
+
+_PLAIN = ("values", "bitmap", "row_offsets", "scales")
+
+
+class Factors(torch.nn.Module):
+    """One factor of each adapter, a buffer under the adapter's name."""
+
+
+class PackedModule(torch.nn.Module):
+    """The tensors of one packed module; ``entry.shape`` is (N, K), or (E, N, K) for stacked experts.
+
+    Args:
+        layout: names, dtypes and shapes; the buffers are made empty, to be filled by name.
+        device: of the empty buffers.
+
+    Raises:
+        LoadError: an adapter's name is one that torch.nn.Module uses itself.
+    """
+
+    values: torch.Tensor
+    bitmap: torch.Tensor | None
+    row_offsets: torch.Tensor | None
+    scales: torch.Tensor | None
+
+    def __init__(self, layout: ModuleLayout, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        self.entry: ModuleEntry = layout.entry
+        #: which backend computes; None for the device's own
+        self.backend: str | None = None
+        #: what x is expected in; only ``weight`` tells it
+        self.compute_dtype = TORCH_DTYPES[layout.entry.dtype]
+        self._active = {adapter.name: 1.0 for adapter in layout.entry.adapters}
+        self._derived: tuple[torch.Tensor | None, list[Matrix]] | None = None
+        for name in _PLAIN:
+            self.register_buffer(name, None)
+        for spec in layout.tensors:
+            owner, _, leaf = buffer_name(spec.name).rpartition(".")
+            self._register(owner, leaf, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device))
+
+    def _register(self, owner_name: str, name: str, tensor: torch.Tensor) -> None:
+        """Add a buffer: one of the module's own, or an adapter's factor."""
+        if owner_name and owner_name not in self._modules:
+            self.add_module(owner_name, Factors())
+        owner = self.get_submodule(owner_name)
+        try:
+            owner.register_buffer(name, tensor)
+        except KeyError as error:
+            raise LoadError(
+                f"an adapter is called {name!r}, a name that torch modules use themselves",
+                tensor=self.entry.source_tensor,
+                fix="give the adapter another name when it is added",
+            ) from error
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.entry.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.entry.shape[-2]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A placeholder ([E,] N, K) for code that asks a layer for its weight's shape, dtype or device.
+
+        It is one NaN seen through strides of 0, so that to compute with it shows at once; no write to it is kept.
+        """
+        nan = torch.full((), torch.nan, dtype=self.compute_dtype, device=self.values.device)
+        placeholder = nan.expand(self.entry.shape)
+        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+        return placeholder
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The trained adapters; the residual belongs to the weight and is not one of them."""
+        return tuple(name for name in self._active if name != RESIDUAL)
+
+    def set_adapters(self, scales: Mapping[str, float]) -> None:
+        """Make exactly these trained adapters active, each at ``scale`` times its own scaling; others are off."""
+        for name in self.adapter_names:
+            self._active[name] = float(scales.get(name, 0.0))
+        self._derived = None
+
+    def matrices(self) -> list[Matrix]:
+        """Return the module's matrices, one an expert, derived anew where the buffers were replaced."""
+        values = self._buffers["values"]
+        if self._derived is not None and self._derived[0] is values:
+            return self._derived[1]
+        matrices = self._derive()
+        # Weights that are offloaded after each call must not be held here.
+        is_offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
+        self._derived = None if is_offloaded else (values, matrices)
+        return matrices
+
+    def _derive(self) -> list[Matrix]:
+        entry = self.entry
+        weight = PackedWeight(
+            n_rows=entry.n_rows,
+            n_columns=entry.n_columns,
+            nnz=entry.nnz,
+            encoding=entry.encoding,
+            pattern=entry.pattern,
+            values=self.values,
+            bitmap=self.bitmap,
+            row_offsets=None if self.row_offsets is None else self.row_offsets.view(torch.int64),
+            scales=None if self.scales is None else self.scales.float(),
+            group_size=entry.group_size,
+        )
+        adapters = self.stacked_adapters()
+        if len(entry.shape) == 2:
+            return [Matrix(weight, adapters)]
+        return [Matrix(part, expert_adapters(adapters, e)) for e, part in enumerate(split(weight, entry.shape))]
+
+    def stacked_adapters(self) -> Adapters | None:
+        """Return the active adapters concatenated along the rank, in their common float dtype."""
+        chosen = [adapter for adapter in self.entry.adapters if self._active[adapter.name]]
+        if not chosen:
+            return None
+        scaling = []
+        for adapter in chosen:
+            own = torch.full((adapter.rank,), adapter.scaling * self._active[adapter.name], device=self.values.device)
+            scaling.append(own * self._factor("rank_scales", adapter.name) if self._is_int8(adapter.name) else own)
+        return Adapters(
+            lora_A=concatenated([self._factor("factor_A", adapter.name) for adapter in chosen], -2),
+            lora_B=concatenated([self._factor("factor_B", adapter.name) for adapter in chosen], -1),
+            scaling=torch.cat(scaling) if len(scaling) > 1 else scaling[0],
+        )
+
+    def _factor(self, kind: str, adapter: str) -> torch.Tensor:
+        return self.get_submodule(kind).get_buffer(adapter)
+
+    def _is_int8(self, adapter: str) -> bool:
+        return self._factor("factor_A", adapter).dtype == torch.int8
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
+        """Move the packed tensors with ``fn``, and keep their dtypes; everything else follows ``fn``."""
+        packed = {id(tensor) for tensor in self.buffers()}
+
+        def keeping(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+
+        self._derived = None
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.values.device)).dtype
+        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._derived = None
+        super()._load_from_state_dict(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_derived": None}
+
+    def extra_repr(self) -> str:
+        """Return shape, sparsity, rank and encoding."""
+        entry = self.entry
+        removed = 1 - entry.nnz / entry.n_weights
+        ranks = [f"{adapter.name} {adapter.rank}" for adapter in entry.adapters]
+        experts = f"experts={entry.shape[0]}, " if len(entry.shape) == 3 else ""
+        return (
+            f"{experts}in_features={self.in_features}, out_features={self.out_features}, sparsity={removed:.2f}, "
+            f"rank={' + '.join(ranks) or 0}, encoding={entry.encoding}"
+        )
