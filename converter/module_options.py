@@ -74,7 +74,7 @@ class ModuleOptions:
 #: recommended recipes: see docs/choosing.md for their sizes and qualities
 PRESETS = {
     "exact": ModuleOptions(),
-    "balanced": ModuleOptions(sparsity=0.3, values="int8", adapter_values="int8"),
+    "balanced": ModuleOptions(sparsity=0.0, rank=0, values="int8"),
     "small": ModuleOptions(sparsity=0.0, rank=16, values="nf4", adapter_values="int8"),
 }
 

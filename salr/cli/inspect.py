@@ -16,6 +16,7 @@ from .eval import check_report
 from .table import show_table
 
 if TYPE_CHECKING:
+    from ..converter.report import ErrorReport
     from ..evaluation.report_data import Headline
 
 
@@ -137,10 +138,17 @@ def summary_lines(file: SalrFile) -> list[str]:
         f"header, manifest, gaps  {mb(sizes.overhead_bytes)}   assets {mb(sizes.asset_bytes)}",
         f"total                   {mb(sizes.source_bytes)} -> {mb(sizes.file_bytes)}   "
         f"{sizes.file_bytes / sizes.source_bytes:.2f}x",
-        f"error (share of |W|^2)  mask {console.percent(error.mask)} -> with residual {console.percent(error.residual)}"
-        f"   bound {console.percent(error.bound)}",
+        f"error (share of |W|^2)  {_errors(file, error)}",
         f"worst modules           {worst}",
     ]
+
+
+def _errors(file: SalrFile, error: ErrorReport) -> str:
+    """Return the errors in words; the theorem's bound says nothing about rounding to int8 or nf4."""
+    mask, remaining = console.percent(error.mask), console.percent(error.residual)
+    if any(entry.group_size is not None for entry in file.modules.values()):
+        return f"mask {mask} -> with residual and rounded values {remaining}"
+    return f"mask {mask} -> with residual {remaining}   bound {console.percent(error.bound)}"
 
 
 def adapter_lines(file: SalrFile) -> list[str]:
