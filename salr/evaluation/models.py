@@ -22,6 +22,7 @@ from ..converter.report import size_report
 from ..converter.sources import FLOAT_TORCH_DTYPES, TORCH_DTYPES, Checkpoint, tensor_from_bytes
 from ..formats.dtypes import tensor_bytes
 from ..formats.reader import SalrFile
+from ..runtime.quiet import quiet_transformers
 from .errors import EvaluationError
 
 _TORCH_DTYPES = {name: dtype for dtype, name in TORCH_DTYPES.items()} | FLOAT_TORCH_DTYPES
@@ -46,7 +47,7 @@ class ModelSource(ABC):
 
         if not (self.folder / "config.json").is_file():
             raise EvaluationError("it has no config.json", path=self.path, fix="convert or save the model again")
-        with _quiet_transformers(), self._refusing("transformers cannot read its config"):
+        with quiet_transformers(), self._refusing("transformers cannot read its config"):
             return transformers.AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             ).get_text_config()
@@ -60,7 +61,7 @@ class ModelSource(ABC):
         import transformers
 
         fix = "copy the model's tokenizer files beside its weights, and convert again where it is a .salr file"
-        with _quiet_transformers(), self._refusing("no usable tokenizer", fix):
+        with quiet_transformers(), self._refusing("no usable tokenizer", fix):
             return transformers.AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
@@ -86,7 +87,7 @@ class ModelSource(ABC):
         Raises:
             EvaluationError: transformers cannot load it, or a weight is missing.
         """
-        with _quiet_transformers(), self._refusing(f"transformers cannot load {self.architecture}"):
+        with quiet_transformers(), self._refusing(f"transformers cannot load {self.architecture}"):
             model, info = self._from_pretrained(dtype=dtype, output_loading_info=True)
         for names, found in (
             (info["missing_keys"], "is missing from the checkpoint"),
@@ -221,22 +222,6 @@ def load_model(
     with open_model(path) as source:
         tokenizer = source.tokenizer()
         return source.load(device, dtype), tokenizer
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from writing bars and reports: missing weights are errors here, not warnings."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _n_elements(shape: tuple[int, ...]) -> int:
