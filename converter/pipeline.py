@@ -19,8 +19,8 @@ from ..formats.manifest import Manifest
 from ..formats.output_file import check_output
 from ..formats.reader import SalrFile
 from ..formats.writer import SalrWriter
-from .adapter_records import input_file
-from .adapters import Adapter, is_adapter_directory
+from .adapters.records import input_file
+from .adapters.source import Adapter, is_adapter_directory
 from .budget import with_budget
 from .execution import Job, Outcome, Progress, beside, one_thread_each, resolve_device, worker_count
 from .options import ConvertOptions

@@ -17,8 +17,8 @@ from ..formats.container import TensorSpec
 from ..formats.dtypes import FLOAT_ENCODINGS
 from ..formats.errors import OptionError, SourceError
 from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
-from .adapter_records import unpruned_reason
-from .adapters import Adapter
+from .adapters.records import unpruned_reason
+from .adapters.source import Adapter
 from .architecture import Architecture
 from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
 from .options import ConvertOptions

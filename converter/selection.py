@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ..formats import naming
 from ..formats.errors import AdapterError, OptionError, SourceError
 from ..formats.manifest import AdapterEntry, LedgerLine
-from .adapter_records import TRAINED_ORIGIN, input_file, packed_reason
-from .adapters import Adapter, LoraPair
+from .adapters.records import TRAINED_ORIGIN, input_file, packed_reason
+from .adapters.source import Adapter, LoraPair
 from .architecture import Architecture, Role
 from .module_options import matches
 from .options import ConvertOptions

@@ -19,7 +19,7 @@ from ..formats.errors import MismatchError, OptionError
 from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
 from ..formats.module import ModuleTensors
 from ..formats.reader import SalrFile
-from . import adapter_records as records
+from .adapters import records
 from .options import ConvertOptions
 from .packing import error_bound, groups_of, packed_codes, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion

@@ -18,11 +18,11 @@ from .integrations.hooks import install as _install_hooks  # noqa: E402 - below 
 _install_hooks()
 
 if TYPE_CHECKING:
-    from .converter.adapter_editing import add_adapter as add_adapter
-    from .converter.adapter_editing import remove_adapter as remove_adapter
-    from .converter.adapter_editing import scale_adapter as scale_adapter
-    from .converter.adapter_merging import merge_adapters as merge_adapters
-    from .converter.adapter_summary import list_adapters as list_adapters
+    from .converter.adapters.editing import add_adapter as add_adapter
+    from .converter.adapters.editing import remove_adapter as remove_adapter
+    from .converter.adapters.editing import scale_adapter as scale_adapter
+    from .converter.adapters.merging import merge_adapters as merge_adapters
+    from .converter.adapters.summary import list_adapters as list_adapters
     from .converter.module_options import ModuleOptions as ModuleOptions
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
@@ -53,14 +53,14 @@ _PUBLIC = {
     "SalrConfig": ".integrations.config",
     "SalrError": ".formats.errors",
     "SalrFile": ".formats.reader",
-    "add_adapter": ".converter.adapter_editing",
+    "add_adapter": ".converter.adapters.editing",
     "convert": ".converter.pipeline",
     "evaluate": ".evaluation.evaluate",
     "export_peft": ".converter.peft_export",
-    "list_adapters": ".converter.adapter_summary",
-    "merge_adapters": ".converter.adapter_merging",
-    "remove_adapter": ".converter.adapter_editing",
-    "scale_adapter": ".converter.adapter_editing",
+    "list_adapters": ".converter.adapters.summary",
+    "merge_adapters": ".converter.adapters.merging",
+    "remove_adapter": ".converter.adapters.editing",
+    "scale_adapter": ".converter.adapters.editing",
     "load": ".runtime.loading",
     "load_tokenizer": ".runtime.loading",
     "set_adapters": ".runtime.adapters",

@@ -13,7 +13,7 @@ from . import console
 from .table import show_table
 
 if TYPE_CHECKING:
-    from ..converter.adapter_summary import AdapterSummary
+    from ..converter.adapters.summary import AdapterSummary
 
 app = typer.Typer(no_args_is_help=True, help="List, add, remove, scale or merge the adapters of a .salr file.")
 
@@ -28,7 +28,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what an interrupte
 @console.guarded
 def list_(path: File, as_json: console.Json = False) -> None:
     """Show each adapter of FILE: rank, scaling, modules, size and origin."""
-    from ..converter.adapter_summary import list_adapters
+    from ..converter.adapters.summary import list_adapters
 
     found = list_adapters(path)
     if as_json:
@@ -50,7 +50,7 @@ def add(
     quiet: console.Quiet = False,
 ) -> None:
     """Add a PEFT LoRA directory to FILE, its factors bit for bit."""
-    from ..converter.adapter_editing import add_adapter
+    from ..converter.adapters.editing import add_adapter
     from .convert import parse_adapters
 
     ((name, directory),) = parse_adapters([adapter])
@@ -70,7 +70,7 @@ def remove(
     quiet: console.Quiet = False,
 ) -> None:
     """Take an adapter out of FILE."""
-    from ..converter.adapter_editing import remove_adapter
+    from ..converter.adapters.editing import remove_adapter
 
     with console.progress_bar("remove", quiet=quiet) as progress:
         removed = remove_adapter(path, name, Destination(out, force, fresh), progress)
@@ -90,7 +90,7 @@ def scale(
     quiet: console.Quiet = False,
 ) -> None:
     """Change how strongly an adapter of FILE acts; no tensor changes."""
-    from ..converter.adapter_editing import scale_adapter
+    from ..converter.adapters.editing import scale_adapter
 
     with console.progress_bar("scale", quiet=quiet) as progress:
         scaled = scale_adapter(
@@ -112,7 +112,7 @@ def merge(
     quiet: console.Quiet = False,
 ) -> None:
     """Replace several trained adapters of FILE by one with the sum of what they do."""
-    from ..converter.adapter_merging import merge_adapters
+    from ..converter.adapters.merging import merge_adapters
 
     with console.progress_bar("merge", quiet=quiet) as progress:
         report = merge_adapters(

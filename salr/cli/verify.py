@@ -47,7 +47,7 @@ def verify(
 
 
 def _merged(file: SalrFile) -> list[str]:
-    from ..converter.adapter_records import is_merged
+    from ..converter.adapters.records import is_merged
 
     return sorted({a.name for entry in file.modules.values() for a in entry.adapters if is_merged(a)})
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from salr.converter.adapter_editing import add_adapter, remove_adapter, scale_adapter
-from salr.converter.adapter_merging import merge_adapters
+from salr.converter.adapters.editing import add_adapter, remove_adapter, scale_adapter
+from salr.converter.adapters.merging import merge_adapters
 from salr.converter.peft_config import PeftModule, adapter_config, lora_alpha
 from salr.converter.peft_export import export_peft
 from salr.formats.errors import AdapterError, FormatError, OptionError, OutputError, SalrError

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..formats.manifest import AdapterEntry, LedgerLine, Manifest
+from ...formats.manifest import AdapterEntry, LedgerLine, Manifest
 
 TRAINED_ORIGIN = "PEFT LoRA"
 _MERGED = "merged from "

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..formats import naming
-from ..formats.container import TensorSpec
-from ..formats.dtypes import FLOAT_ENCODINGS, Array
-from ..formats.errors import AdapterError, OptionError
-from ..formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
-from ..formats.reader import SalrFile
-from ..formats.rewriting import Destination, check_digest, rewriting
-from . import adapter_records as records
-from .adapter_matching import match_modules
-from .adapter_summary import AdapterSummary, adapter_uses, summarize
-from .adapters import Adapter
-from .packing import squared_norm
-from .sources import sha256
+from ...formats import naming
+from ...formats.container import TensorSpec
+from ...formats.dtypes import FLOAT_ENCODINGS, Array
+from ...formats.errors import AdapterError, OptionError
+from ...formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
+from ...formats.reader import SalrFile
+from ...formats.rewriting import Destination, check_digest, rewriting
+from ..packing import squared_norm
+from ..sources import sha256
+from . import records
+from .matching import match_modules
+from .source import Adapter
+from .summary import AdapterSummary, adapter_uses, summarize
 
 Progress = Callable[[int, int], None]
 _IN_PLACE = Destination()

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from salr.converter.adapter_editing import scale_adapter
-from salr.converter.adapter_records import rescaled
+from salr.converter.adapters.editing import scale_adapter
+from salr.converter.adapters.records import rescaled
 from salr.formats.errors import OptionError
 from salr.formats.manifest import AdapterEntry
 from salr.formats.reader import SalrFile

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.adapter_editing import add_adapter, remove_adapter, scale_adapter
-from salr.converter.adapter_summary import list_adapters
+from salr.converter.adapters.editing import add_adapter, remove_adapter, scale_adapter
+from salr.converter.adapters.summary import list_adapters
 from salr.converter.verification import compare_with_source
 from salr.formats.errors import AdapterError, ChecksumError, FormatError, OutputError, SalrError
 from salr.formats.reader import SalrFile
@@ -179,7 +179,7 @@ def test_an_interrupted_edit_leaves_the_old_file(refuses, mine, lora, monkeypatc
 def test_an_edit_that_another_one_overtook_is_refused_and_loses_nothing(refuses, mine, lora, monkeypatch):
     opened = SalrFile(mine)
     add_adapter(mine, lora, "b")
-    monkeypatch.setattr("salr.converter.adapter_editing.SalrFile", lambda path: opened)
+    monkeypatch.setattr("salr.converter.adapters.editing.SalrFile", lambda path: opened)
     refuses(mine, OutputError, "was changed while it was edited; run the command again", remove_adapter, "a")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.adapters import Adapter, is_adapter_directory
+from salr.converter.adapters.source import Adapter, is_adapter_directory
 from salr.formats.errors import AdapterError, OptionError, SalrError, SourceError
 
 import salr

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..formats.errors import AdapterError
-from ..formats.manifest import RESIDUAL, is_adapter_name
-from .sources import SourceTensor, open_weights, read_json
+from ...formats.errors import AdapterError
+from ...formats.manifest import RESIDUAL, is_adapter_name
+from ..sources import SourceTensor, open_weights, read_json
 
 CONFIG_NAME = "adapter_config.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")

@@ -17,18 +17,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..formats import naming
-from ..formats.container import TensorSpec
-from ..formats.dtypes import Array, to_float32
-from ..formats.errors import AdapterError, OptionError
-from ..formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is_adapter_name
-from ..formats.reader import SalrFile
-from ..formats.rewriting import Destination, rewriting
-from . import adapter_records as records
-from .adapter_editing import Progress, check_new_name
-from .adapter_summary import AdapterSummary, summarize
-from .execution import one_thread_each
-from .lowrank import fix_signs
+from ...formats import naming
+from ...formats.container import TensorSpec
+from ...formats.dtypes import Array, to_float32
+from ...formats.errors import AdapterError, OptionError
+from ...formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is_adapter_name
+from ...formats.reader import SalrFile
+from ...formats.rewriting import Destination, rewriting
+from ..execution import one_thread_each
+from ..lowrank import fix_signs
+from . import records
+from .editing import Progress, check_new_name
+from .summary import AdapterSummary, summarize
 
 _IN_PLACE = Destination()
 _STACKED = "lora_A stacked along the rank, lora_B side by side"

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from salr.converter import adapter_merging
-from salr.converter.adapter_editing import add_adapter, remove_adapter, scale_adapter
-from salr.converter.adapter_merging import merge_adapters
-from salr.converter.adapter_summary import list_adapters
+from salr.converter.adapters import merging as adapter_merging
+from salr.converter.adapters.editing import add_adapter, remove_adapter, scale_adapter
+from salr.converter.adapters.merging import merge_adapters
+from salr.converter.adapters.summary import list_adapters
 from salr.converter.verification import compare_with_source
 from salr.formats.dtypes import from_float32
 from salr.formats.errors import AdapterError, FormatError, OptionError, OutputError

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..formats import naming
-from ..formats.errors import AdapterError
-from ..formats.manifest import RESIDUAL, AdapterEntry
-from ..formats.reader import SalrFile
+from ...formats import naming
+from ...formats.errors import AdapterError
+from ...formats.manifest import RESIDUAL, AdapterEntry
+from ...formats.reader import SalrFile
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ Invariant: every factor is matched, or the adapter is refused with the key and t
 
 from __future__ import annotations
 
-from ..formats.errors import AdapterError
-from ..formats.manifest import ModuleEntry
-from ..formats.reader import SalrFile
-from .adapters import Adapter
-from .architecture import spellings
-from .selection import TrainedPair
+from ...formats.errors import AdapterError
+from ...formats.manifest import ModuleEntry
+from ...formats.reader import SalrFile
+from ..architecture import spellings
+from ..selection import TrainedPair
+from .source import Adapter
 
 
 def match_modules(file: SalrFile, adapter: Adapter) -> dict[str, TrainedPair]:

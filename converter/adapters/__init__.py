@@ -1,0 +1,1 @@
+"""Trained adapters: reading PEFT's directories, and editing those of a finished file."""
