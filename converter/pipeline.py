@@ -68,7 +68,9 @@ def plan_conversion(source: str | Path, options: ConvertOptions) -> Plan:
     if options.target_bits is None:
         return plan
     if not options.module.sparsity or options.overrides:
-        raise OptionError("--target-bits chooses every sparsity and rank itself", fix="drop --sparsity 0, --preset and --set")
+        raise OptionError(
+            "--target-bits chooses every sparsity and rank itself", fix="drop --sparsity 0, --preset and --set"
+        )
     device = resolve_device(options.device)
     with one_thread_each(worker_count(options, device)) as pool:
         budgeted, _ = with_budget(plan, options, device, pool)
