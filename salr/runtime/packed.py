@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ..formats.dtypes import Array
-from ..formats.errors import FormatError
 from ..formats.module import ModuleTensors
 
 TORCH_ENCODINGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,16 +40,11 @@ class PackedWeight:
 
     @staticmethod
     def from_module(tensors: ModuleTensors) -> PackedWeight:
-        """Wrap a checked 2-D module without copying it; the tensors are views of the mapped file and read-only.
+        """Wrap a checked module without copying it; the tensors are views of the mapped file and read-only.
 
-        Raises:
-            FormatError: the module holds stacked experts.
+        Stacked experts come as one matrix of E * N rows, which ``matrix.split`` divides before any backend sees it.
         """
         entry = tensors.entry
-        if len(entry.shape) != 2:
-            raise FormatError(
-                f"a module of shape {list(entry.shape)}", needed="one matrix (N, K)", fix="take one expert"
-            )
         values = _as_torch(tensors.values)
         offsets = tensors.row_offsets
         return PackedWeight(

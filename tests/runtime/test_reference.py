@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from salr.formats.errors import FormatError
 from salr.formats.reader import SalrFile
 
 from salr.runtime import reference
@@ -27,10 +25,3 @@ def test_the_product_is_that_of_the_dense_matrix(golden):
     weight = PackedWeight.from_module(file.module(name))
     x = torch.randn(3, weight.n_columns)
     torch.testing.assert_close(reference.linear(x, weight), x @ torch.from_numpy(file.module(name).dense()).T)
-
-
-def test_stacked_experts_are_no_matrix(golden):
-    file = SalrFile(golden)
-    stacked = next(name for name, entry in file.modules.items() if len(entry.shape) == 3)
-    with pytest.raises(FormatError, match="needed one matrix"):
-        PackedWeight.from_module(file.module(stacked))
