@@ -18,8 +18,8 @@ from ..formats.errors import CalibrationError, OptionError
 from ..formats.manifest import ModuleEntry
 from ..formats.writer import SalrWriter
 from .options import NO_DATA, CalibrationOptions, ConvertOptions
-from .packing import PackedModule, is_solved, pack_module
-from .plan import Plan, PlannedModule
+from .packing import PackedModule, pack_module
+from .plan import Plan, PlannedModule, is_solved
 from .sequential import BlockRun, open_block_run
 
 _MOST_WORKERS = 8

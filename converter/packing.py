@@ -20,7 +20,7 @@ from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
 from ..formats.values import stored_elements
 from .methods import Factors, Problem, Solution, solve
 from .options import METHODS, ConvertOptions
-from .plan import PlannedModule
+from .plan import ENCODING_OF, PlannedModule, is_solved
 from .prune import Groups
 from .quantization import Quantized, Quantizer
 from .sources import TORCH_ENCODINGS, Checkpoint
@@ -88,7 +88,7 @@ def pack_module(
     method = used_method(options.chosen_method, calibrated is not None)
     matrices = [
         _pack_matrix(planned, source.to(device), checkpoint, options, method, calibrated)
-        for source in _sources(planned.entry, checkpoint)
+        for source in source_matrices(planned.entry, checkpoint)
     ]
     tensors = _tensors(planned, matrices)
     for trained in planned.trained:
@@ -113,12 +113,7 @@ def values_from(planned: PlannedModule, method: str) -> str:
     return kind if is_changed else "source"
 
 
-def is_solved(entry: ModuleEntry) -> bool:
-    """Tell whether a method decides about a module: it is pruned, or its values are quantized."""
-    return entry.pattern != "dense" or entry.group_size is not None
-
-
-def _sources(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
+def source_matrices(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
     """Yield each (N, K) matrix of a module in its own dtype."""
     weight = checkpoint.read(entry.source_tensor)
     for matrix in weight if weight.ndim == 3 else [weight]:
@@ -139,21 +134,20 @@ def _pack_matrix(
             "holds NaN or infinity", path=checkpoint.directory, tensor=planned.entry.source_tensor, fix="save it again"
         )
     problem = _problem(planned, weight, source.dtype, options, calibrated)
-    _check_range(planned, weight, problem, checkpoint)
-    if planned.entry.pattern == "dense" and problem.quantizer is None:
-        solution = Solution(torch.ones_like(weight, dtype=torch.bool))
-    else:
+    if planned.entry.encoding != ENCODING_OF[planned.entry.dtype]:
+        _check_range(planned, weight, problem, checkpoint)
+    if is_solved(planned.entry):
         solution = solve(method, problem)
-    values: torch.Tensor | Quantized = source[solution.mask].to(problem.dtype)
-    if isinstance(solution.values, Quantized):
-        values = solution.values
-    elif solution.values is not None:
-        values = solution.values[solution.mask].to(problem.dtype)
+    else:
+        solution = Solution(torch.ones_like(weight, dtype=torch.bool))
+    values = solution.values
+    if not isinstance(values, Quantized):
+        values = (source if values is None else values)[solution.mask].to(problem.dtype)
     return _measured(solution, values, weight, None if calibrated is None else calibrated.gram)
 
 
 def _check_range(planned: PlannedModule, weight: torch.Tensor, problem: Problem, checkpoint: Checkpoint) -> None:
-    """Refuse weights that the chosen encoding cannot hold: too large, or all of them too small."""
+    """Refuse weights that an encoding other than the source's own cannot hold: too large, or all of them too small."""
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     limits = torch.finfo(problem.dtype)
     holds = largest == 0 or limits.smallest_normal <= largest <= limits.max

@@ -27,7 +27,8 @@ from .selection import Choice, TrainedPair, check_packable, choose_tensors, matc
 from .sources import Checkpoint, SourceTensor
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
-_ENCODINGS = {dtype: encoding for encoding, dtype in FLOAT_ENCODINGS.items()}
+#: of float values as they are in the source
+ENCODING_OF = {dtype: encoding for encoding, dtype in FLOAT_ENCODINGS.items()}
 #: of the scales of int8 and nf4 values
 SCALES_DTYPE = "F16"
 
@@ -143,13 +144,11 @@ def plan_module(
         dtype=tensor.dtype,
         nnz=(n_rows * n_columns - removed) * (experts[0] if experts else 1),
         pattern=options.pattern if removed else "dense",
-        encoding=_ENCODINGS[tensor.dtype] if settings.values == SOURCE else settings.values,
+        encoding=ENCODING_OF[tensor.dtype] if settings.values == SOURCE else settings.values,
         values_from="source",  # until it is packed: `packing.values_from` knows which method did it
         group_size=settings.group_size if settings.is_quantized else None,
     )
-    rank = 0
-    if removed or settings.is_quantized:
-        rank = _residual_rank(choice.module, settings, min(n_rows, n_columns))
+    rank = _residual_rank(choice.module, settings, min(n_rows, n_columns)) if is_solved(entry) else 0
     adapters = [AdapterEntry(RESIDUAL, rank, 1.0, f"low-rank part of {options.chosen_method}")] if rank else []
     adapters += [t.entry() for t in trained]
     entry = replace(entry, adapters=tuple(adapters))
@@ -162,6 +161,11 @@ def plan_module(
             fix=f"--set '{choice.module} adapter_values=source'",
         )
     return PlannedModule(choice.module, entry, tuple(trained), reason, residual_dtype)
+
+
+def is_solved(entry: ModuleEntry) -> bool:
+    """Tell whether a method decides about a module: it is pruned, or its values are quantized."""
+    return entry.pattern != "dense" or entry.group_size is not None
 
 
 def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int, options: ConvertOptions) -> int:

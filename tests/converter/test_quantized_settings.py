@@ -108,3 +108,11 @@ def test_weights_beyond_fp16_values_are_refused_by_name(sparsity, block32, quant
     with pytest.raises(SourceError, match="fp16") as error:
         quantize(source, values="fp16", sparsity=sparsity)
     assert error.value.tensor == f"{GATE}.weight" and not (tmp_path / "m.salr").exists()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_sub_normal_weights_in_the_sources_own_type_are_nobodys_business(
+    sparsity, block32, quantize, changed, complaints
+):
+    source = changed(block32, GATE, lambda weight: weight * 1e-38)
+    assert complaints(quantize(source, sparsity=sparsity), source) == []
