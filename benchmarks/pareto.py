@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from dense_quantization import GRIDS, write_rounded
 from minilm import LENGTH, N_SENTENCES, embeddings, sentences
-from quality import Bench
+from quality import Bench, bench_parser
 from salr.converter.module_options import PRESETS, ModuleOptions
 from salr.converter.options import CalibrationOptions, ConvertOptions
 
@@ -161,17 +161,10 @@ def draw(bench: ParetoBench, path: Path) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser = bench_parser(__doc__)
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument("--data", type=Path, help="a language model: WikiText-2 and GSM8K, as for quality.py")
     judge.add_argument("--text", type=Path, help="an encoder: a text whose paragraphs are the sentences")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
-    parser.add_argument("--windows", type=int, help="only so many windows of each text, for a quick look")
-    parser.add_argument("--only", default="", help="measure rows whose name matches this regular expression")
     bench = ParetoBench(parser.parse_args())
     torch.manual_seed(0)
     bench.row(PART, "original", lambda: {"bits": 16.0, **bench.judge(bench.args.model)})

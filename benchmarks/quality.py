@@ -306,18 +306,24 @@ def plot_bytes(bench: Bench, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def bench_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every `Bench` reads, except for its texts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--parts", default="methods,bytes,lora")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--windows", type=int, help="only so many windows of each text, for a quick look")
     parser.add_argument("--only", default="", help="measure rows whose name matches this regular expression")
+    return parser
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = bench_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--parts", default="methods,bytes,lora")
     parser.add_argument("--batch", type=int, default=32, help="examples a step of LoRA training")
     parser.add_argument("--steps", type=int, help="only so many steps of LoRA training, for a quick look")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of the 8B-shaped checkpoint")

@@ -24,7 +24,7 @@ from ..formats.values import QUANTIZED_BITS
 from .methods import Problem, solve
 from .module_options import SOURCE, ModuleOptions
 from .options import ConvertOptions
-from .packing import used_method
+from .packing import source_matrices, used_method
 from .plan import Plan, PlannedModule, n_removed
 from .prune import Groups, keep_in_groups
 from .quantization import Quantizer, compensated, nearest
@@ -98,8 +98,8 @@ def _measured_modules(
 
 def _candidates(item: MeasuredModule, plan: Plan, device: torch.device) -> list[Candidate]:
     entry, options = item.module.entry, plan.options
-    source = plan.checkpoint.read(entry.source_tensor).to(device)
-    weight = (source.T if entry.transposed else source).to(torch.float32, memory_format=torch.contiguous_format)
+    (source,) = source_matrices(entry, plan.checkpoint)
+    weight = source.to(device).to(torch.float32, memory_format=torch.contiguous_format)
     gram = ScaledGram.identity(weight) if item.gram is None else scaled_gram(item.gram)
     scaled, found = weight * gram.scale, []
     energy = _energy(scaled, gram) or 1.0
@@ -192,8 +192,7 @@ def _noises(scaled: torch.Tensor, options: ConvertOptions, gram: ScaledGram) -> 
         quantizer = Quantizer(values, options.module.group_size)
         noise = scaled - nearest(weight, mask, quantizer, gram.scale.square()).values(mask) * gram.scale
         if compensates and share is None:
-            damped = gram.correlation * gram.scale * gram.scale[:, None]
-            left = scaled - compensated(weight, mask, quantizer, damped).values(mask) * gram.scale
+            left = scaled - compensated(weight, mask, quantizer, gram.unscaled()).values(mask) * gram.scale
             share = _energy(left, gram) / (_energy(noise, gram) or 1.0)
         found[values] = noise if share is None else noise * share**0.5
     return found

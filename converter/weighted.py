@@ -29,6 +29,10 @@ class ScaledGram:
         """Return the Gram matrix that weighs nothing, for a weight (N, K)."""
         return ScaledGram(torch.ones(weight.shape[1], device=weight.device), None)
 
+    def unscaled(self) -> torch.Tensor:
+        """Return D C D (K, K): H damped, of a Gram matrix that came from data."""
+        return self.correlation * self.scale * self.scale[:, None]
+
     @property
     def correlation(self) -> torch.Tensor:
         """C (K, K) of a Gram matrix that came from data."""

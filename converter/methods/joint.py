@@ -63,7 +63,7 @@ def _quantized(
     The last step is one more descent of the codes against the factors as stored: it only lowers the error.
     """
     assert problem.quantizer is not None
-    damped = gram.correlation * gram.scale * gram.scale[:, None]
+    damped = gram.unscaled()
     target, factors = problem.weight, None
     values = compensated(sparse, mask, problem.quantizer, damped)
     for _ in range(_QUANTIZED_ROUNDS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from ..converter.report import size_report
-from ..converter.sources import FLOAT_TORCH_DTYPES, TORCH_DTYPES, Checkpoint, tensor_from_bytes
+from ..converter.sources import Checkpoint
 from ..formats.dtypes import tensor_bytes
 from ..formats.reader import SalrFile
+from ..runtime.errors import LoadError
+from ..runtime.mapped import decoded, mapped_tensor
 from ..runtime.quiet import quiet_transformers
 from .errors import EvaluationError
-
-_TORCH_DTYPES = {name: dtype for dtype, name in TORCH_DTYPES.items()} | FLOAT_TORCH_DTYPES
 
 
 class ModelSource(ABC):
@@ -106,7 +106,7 @@ class ModelSource(ABC):
         """Turn whatever transformers raises (many types) into one line."""
         try:
             yield
-        except EvaluationError:
+        except (EvaluationError, LoadError):
             raise
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
@@ -147,51 +147,11 @@ class PackedModel(ModelSource):
 
         return transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
 
-    def _state(self) -> dict[str, _LazyTensor]:
-        lock, file = threading.Lock(), self.file
-        state = {name: _LazyTensor(_kept_reader(file, name), lock) for name in file.dense_tensors()}
-        for module, entry in file.modules.items():
-            state[entry.source_tensor] = _LazyTensor(_packed_reader(file, module), lock)
-        return state
-
-
-class _LazyTensor:
-    """Stands for a tensor in a state dict; transformers reads it with ``tensor[...]``, as it does a safetensors slice.
-
-    The lock keeps one module at a time dense beside the model.
-    """
-
-    def __init__(self, read: Callable[[], torch.Tensor], lock: threading.Lock) -> None:
-        self._read, self._lock = read, lock
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        with self._lock:
-            return self._read()[index]
-
-
-def _kept_reader(file: SalrFile, name: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        stored = file.tensors[name]
-        if stored.dtype not in _TORCH_DTYPES:
-            raise EvaluationError(f"dtype {stored.dtype} has no torch form", path=file.path, tensor=name)
-        if stored.dtype in FLOAT_TORCH_DTYPES:
-            return tensor_from_bytes(file.raw(name), stored.dtype, stored.shape).clone()
-        raw = torch.from_numpy(np.frombuffer(file.raw(name), np.uint8).copy())
-        return raw.view(_TORCH_DTYPES[stored.dtype]).reshape(stored.shape)
-
-    return read
-
-
-def _packed_reader(file: SalrFile, module: str) -> Callable[[], torch.Tensor]:
-    """Read the dense weight, residual and trained adapters included, in float32 and in the source's orientation."""
-
-    def read() -> torch.Tensor:
-        weight = file.dense(module, residual=True, adapters=True)
-        if file.modules[module].transposed:
-            weight = weight.swapaxes(-1, -2)
-        return torch.from_numpy(np.ascontiguousarray(weight)).reshape(file.modules[module].source_shape)
-
-    return read
+    def _state(self) -> dict[str, Any]:
+        """Return the source's tensors by name; a packed one is decoded when it is read, one at a time."""
+        lock, state = threading.Lock(), {name: mapped_tensor(self.file, name) for name in self.file.dense_tensors()}
+        packed = {entry.source_tensor: decoded(self.file, name, lock) for name, entry in self.file.modules.items()}
+        return {**state, **packed}
 
 
 @contextmanager

@@ -17,6 +17,17 @@ import salr
 MAGNITUDE = salr.ConvertOptions(salr.ModuleOptions(0.5, 8), method="magnitude")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute with one thread, as conversions do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def save_block(folder: Path, dtype: str) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

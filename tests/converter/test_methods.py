@@ -11,6 +11,7 @@ from salr.converter.methods import Problem, Solution, solve
 from salr.converter.prune import Groups
 from salr.converter.weighted import output_energy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["magnitude", "alternating", "wanda", "sparsegpt", "joint"]
 #: 132 columns: SparseGPT prunes in pieces of 128, so the last one is short
 SHAPE = (20, 132)
@@ -19,15 +20,6 @@ SCOPES = {
     "row": (Groups("row"), 20 * 61),
     "2:4": (Groups("n:m", 4), 20 * 66),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Compute with one thread, as conversions do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gram_of(n_columns: int, seed: int = 0, n_tokens: int = 400) -> torch.Tensor:

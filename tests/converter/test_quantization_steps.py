@@ -10,18 +10,10 @@ import torch
 from salr.converter.quantization import Quantized, Quantizer, compensated, descended, nearest, rescaled
 from salr.converter.weighted import damped_gram, output_energy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENCODINGS = ["int8", "nf4"]
 #: of 70 columns: one each, no divisor, one more than the piece of 64 that compensation works in, more than all columns
 GROUP_SIZES = [1, 24, 65, 128]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Compute with one thread, as conversions do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def matrix_of(n_rows: int = 12, n_columns: int = 70, seed: int = 0, kept: float = 0.5):

@@ -10,6 +10,7 @@ from salr.converter.prune import Groups
 from salr.converter.quantization import Quantized, Quantizer
 from salr.converter.weighted import output_energy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["magnitude", "alternating", "wanda", "sparsegpt", "joint"]
 #: 68 columns: one piece of 64 and a short one, a multiple of 4, and no multiple of the group of 24
 SHAPE = (20, 68)
@@ -19,15 +20,6 @@ SCOPES = {
     "2:4": (Groups("n:m", 4), 20 * 34),
     "all": (Groups("row"), 20 * 68),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Compute with one thread, as conversions do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gram_of(n_tokens: int = 300) -> torch.Tensor:
