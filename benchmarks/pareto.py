@@ -41,7 +41,7 @@ def recipes() -> dict[str, dict[str, Any]]:
         add(sparsity, "int8", rank)
     add(0.5, "int8", 64, factors="source")
     for sparsity, rank, group in (
-        (0.0, 0, 64), (0.0, 8, 128), (0.0, 16, 64), (0.0, 32, 128), (0.1, 8, 128), (0.2, 16, 128), (0.3, 16, 128),
+        (0.0, 0, 64), (0.0, 7, 128), (0.0, 16, 64), (0.0, 32, 128), (0.1, 8, 128), (0.2, 16, 128), (0.3, 16, 128),
         (0.45, 0, 128), (0.5, 0, 128), (0.5, 8, 128), (0.5, 16, 128), (0.5, 64, 128), (0.6, 16, 128),
     ):  # fmt: skip
         add(sparsity, "nf4", rank, group)
@@ -50,8 +50,8 @@ def recipes() -> dict[str, dict[str, Any]]:
     for preset, settings in PRESETS.items():
         found[f"preset {preset}"] = {"module": settings}
         found[f"preset {preset}, no text"] = {"module": settings, "calibration": None}
-    found["alternating 0% nf4 g128 r8 int8 factors, no text"] = {
-        "module": ModuleOptions(0.0, 8, "nf4", 128, "int8"),
+    found["alternating 0% nf4 g128 r7 int8 factors, no text"] = {
+        "module": ModuleOptions(0.0, 7, "nf4", 128, "int8"),
         "calibration": None,
     }
     found["paper 50% nf4 g64 r64 (QSALR)"] = {
