@@ -106,7 +106,7 @@ def test_the_front_door_and_the_command_line_import_nothing_heavy_at_their_top(n
 
 def test_every_package_of_the_tree_is_packaged_and_no_other():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    with_code = {path.parent for path in MODULES.values()}
+    with_code = {path.parent for path in MODULES.values()} | {path.parent for path in ROOT.glob("cuda/**/*.cu")}
     in_tree = {package_name(folder) for folder in with_code}
     assert set(settings["packages"]) == in_tree and len(settings["packages"]) == len(in_tree)
     folders = settings["package-dir"]

@@ -1,0 +1,192 @@
+"""The device layout of a packed weight: slabs, as kernels/slabs.cuh defines them, made on the GPU at load.
+
+Invariant: a slab layout holds every kept weight exactly, in the product's 16-bit dtype, or as sign and magnitude, or as
+NF4 codes; rows are padded to 256 and columns to 128 with weights that are 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .compilation import ENCODINGS, function
+from .launching import Launch
+
+BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
+COLUMN_MULTIPLE = 128
+_HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
+_DENSE_BYTES = {"dense16": 2048, "dense8": 1024, "dense4": 512}
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Weight(Protocol):
+    """What is needed of a packed weight (see ``salr.runtime.packed.PackedWeight``); tensors on one GPU."""
+
+    n_rows: int
+    n_columns: int
+    nnz: int
+    encoding: str
+    values: torch.Tensor
+    bitmap: torch.Tensor | None
+    row_offsets: torch.Tensor | None
+    scales: torch.Tensor | None
+    group_size: int | None
+
+
+@dataclass(frozen=True)
+class SlabWeight:
+    """A weight (N, K) as slabs on a GPU.
+
+    ``slabs`` uint8; ``offsets`` (n_row_blocks * n_slabs + 1,) int32 in units of 16 bytes; ``dtype`` of the product.
+    """
+
+    n_rows: int
+    n_columns: int
+    encoding: str
+    dtype: torch.dtype
+    slabs: torch.Tensor
+    offsets: torch.Tensor
+    largest_slab_bytes: int
+
+    @property
+    def n_row_blocks(self) -> int:
+        """Row blocks of 256 rows."""
+        return -(-self.n_rows // BLOCK_ROWS)
+
+    @property
+    def n_slabs(self) -> int:
+        """Slabs of 64 columns in a row block; even."""
+        return padded_columns(self.n_columns) // SLAB_COLUMNS
+
+    @property
+    def padded_columns(self) -> int:
+        """K, padded: how many columns x must have."""
+        return padded_columns(self.n_columns)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on the GPU."""
+        return self.slabs.numel() + 4 * self.offsets.numel()
+
+
+def padded_columns(n_columns: int) -> int:
+    """Return K rounded up to what a stage of the fused kernel multiplies."""
+    return -(-n_columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
+def reason_not_slabs(weight: Weight, dtype: torch.dtype) -> str | None:
+    """Return why a weight cannot be laid out for a product in ``dtype``, None if it can."""
+    if dtype not in _PRODUCT_DTYPES:
+        return f"activations in {str(dtype).removeprefix('torch.')} (bfloat16 and float16 have kernels)"
+    if weight.scales is None:
+        return None
+    group = weight.group_size
+    if group is None or (group % SLAB_COLUMNS and group < weight.n_columns):
+        return f"groups of {group} columns (multiples of {SLAB_COLUMNS} have kernels)"
+    scales = weight.scales
+    if not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
+        return "scales that float16 does not hold"
+    if weight.encoding == "int8" and bool((weight.values[: weight.nnz] == 128).any()):
+        return "an int8 value of -128"
+    return None
+
+
+def slab_encoding(weight: Weight) -> str:
+    """Return how a weight is laid out: 4-bit values without a bitmap, a removed weight being the code of 0."""
+    if weight.encoding == "nf4":
+        return "dense4"
+    kind = "dense" if weight.bitmap is None else "bitmap"
+    return kind + ("8" if weight.encoding == "int8" else "16")
+
+
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("bitmap", ctypes.c_void_p), ("values", ctypes.c_void_p), ("row_offsets", ctypes.c_void_p),
+        ("before", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("n_rows", ctypes.c_int), ("n_columns", ctypes.c_int),
+        ("n_slabs", ctypes.c_int), ("n_groups", ctypes.c_int), ("slabs_per_group", ctypes.c_int),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def lay_out(weight: Weight, dtype: torch.dtype) -> SlabWeight:
+    """Return a weight as slabs for products in ``dtype``; 16- and 32-bit values are rounded to it, as ``.to`` does."""
+    encoding = slab_encoding(weight)
+    n_blocks, n_slabs = -(-weight.n_rows // BLOCK_ROWS), padded_columns(weight.n_columns) // SLAB_COLUMNS
+    before, kept = _kept_before(weight, n_blocks, n_slabs)
+    headers, offsets, largest = _offsets(encoding, kept, n_blocks, n_slabs, weight.values.device)
+    slabs = torch.zeros(int(offsets[-1]) * 16, dtype=torch.uint8, device=weight.values.device)
+    values = weight.values if encoding in ("bitmap8", "dense8", "dense4") else weight.values.to(dtype)
+    scales = None if weight.scales is None else weight.scales.to(torch.float16).contiguous()
+    group = min(weight.group_size or 0, n_slabs * SLAB_COLUMNS)
+    source = _Source(
+        _pointer(weight.bitmap), _pointer(values), _pointer(weight.row_offsets), _pointer(before), _pointer(scales),
+        weight.n_rows, weight.n_columns, n_slabs, 0 if scales is None else scales.shape[1],
+        -(-group // SLAB_COLUMNS),
+    )  # fmt: skip
+    _launch(
+        "lay_out", weight, encoding, (n_blocks * n_slabs, 1, 1), UNITS * 32,
+        [source, *(ctypes.c_void_p(t.data_ptr()) for t in (slabs, offsets, headers))],
+    )  # fmt: skip
+    return SlabWeight(weight.n_rows, weight.n_columns, encoding, dtype, slabs, offsets, largest)
+
+
+def _kept_before(weight: Weight, n_blocks: int, n_slabs: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return what is kept in earlier slabs of each row (rows, slabs) int32, and in each unit (blocks, slabs, 16)."""
+    if weight.bitmap is None:
+        return None, None
+    n_rows = n_blocks * BLOCK_ROWS
+    counts = torch.empty(n_rows, n_slabs, dtype=torch.int32, device=weight.values.device)
+    sizes = (weight.n_rows, weight.n_columns, n_rows, n_slabs)
+    arguments = [
+        ctypes.c_void_p(_pointer(weight.bitmap)),
+        ctypes.c_void_p(counts.data_ptr()),
+        *map(ctypes.c_int, sizes),
+    ]
+    _launch("count_kept", weight, slab_encoding(weight), (-(-counts.numel() // 256), 1, 1), 256, arguments)
+    kept = counts.view(n_blocks, UNITS, 16, n_slabs).sum(2).permute(0, 2, 1)
+    return (counts.cumsum(1, dtype=torch.int32) - counts).contiguous(), kept
+
+
+def _offsets(
+    encoding: str, kept: torch.Tensor | None, n_blocks: int, n_slabs: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return headers (slabs, 16) int16, offsets (slabs + 1,) int32 in units of 16 bytes, and the largest slab."""
+    n_units = n_blocks * n_slabs
+    scales = 0 if encoding.endswith("16") else _SCALES_BYTES
+    if encoding.startswith("bitmap"):
+        assert kept is not None
+        value_bytes = 2 if encoding == "bitmap16" else 1
+        unit_bytes = _BITMAP_BYTES + scales + value_bytes * kept.reshape(n_units, UNITS)
+    else:
+        unit_bytes = torch.full((n_units, UNITS), _DENSE_BYTES[encoding] + scales, device=device)
+    sizes = (unit_bytes + 15) // 16
+    ends = _HEADER_BYTES // 16 + sizes.cumsum(1)
+    headers = torch.cat([ends[:, -1:], ends[:, :-1]], 1).to(torch.int16)
+    offsets = torch.zeros(n_units + 1, dtype=torch.int64, device=device)
+    torch.cumsum(ends[:, -1], 0, out=offsets[1:])
+    return headers.contiguous(), offsets.to(torch.int32), 16 * int(ends[:, -1].max())
+
+
+def definitions(encoding: str, dtype: torch.dtype, **more: int) -> tuple[tuple[str, int], ...]:
+    """Return the kernels' definitions for a layout."""
+    fixed = {"ENCODING": ENCODINGS[encoding], "HALF": int(dtype == torch.float16)}
+    return tuple({**fixed, **more}.items())
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _launch(
+    name: str, weight: Weight, encoding: str, grid: tuple[int, int, int], n_threads: int, arguments: list[Any]
+) -> None:
+    """Launch a kernel of lay_out.cu on the weight's device."""
+    device = weight.values.device.index
+    has_bitmap = int(weight.bitmap is not None)
+    chosen = definitions(encoding, torch.bfloat16, SOURCE_HAS_BITMAP=has_bitmap)
+    with torch.cuda.device(device):
+        launch = Launch(function("lay_out.cu", name, chosen, device), grid, n_threads, 0, arguments, is_dependent=False)
+        launch(torch.cuda.current_stream(device).cuda_stream)

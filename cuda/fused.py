@@ -1,0 +1,226 @@
+"""The fused product for up to 64 rows of x: one launch for weight, adapters and bias.
+
+Invariant: the same input gives the same bits, whatever else runs; one prepared product must not run on two streams at
+the same time for the same slot, so each stream has its own counters and workspace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .compilation import function
+from .device_layout import SlabWeight, definitions
+from .launching import Launch
+from .low_rank import Fragments
+from .schedule import Work, schedule, sharers
+
+LARGEST_BATCH = 64
+_STREAMS = 8
+_SPLITS_OF_A = 16
+_RESERVED_BYTES = 2048  # of shared memory, for each thread block: what CUDA takes itself, and barriers
+_MOST_STAGES = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage."""
+
+    NT: int
+    WARPS: int
+    SUB: int
+    MIN_BLOCKS: int
+
+    @property
+    def x_bytes(self) -> int:
+        """Shared memory for x in a stage."""
+        return self.NT * 8 * (self.SUB * 128 + 16)
+
+
+TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 2), Tile(4, 8, 1, 2), Tile(8, 8, 1, 1))
+#: sums before and after scales take registers twice, so that a warp owns fewer rows
+QUANTIZED_TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 1), Tile(4, 16, 1, 1), Tile(8, 16, 1, 1))
+
+
+def tile_for(batch: int, encoding: str) -> Tile:
+    """Return the tile for a number of rows of x."""
+    tiles = TILES if encoding.endswith("16") else QUANTIZED_TILES
+    return next(tile for tile in tiles if batch <= 8 * tile.NT)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "slabs", "slab_offsets", "lora_a", "lora_b", "scaling", "schedule", "sharers", "first_step", "bias", "x",
+            "y", "partial", "u_partial", "u", "counters",
+        )
+    ) + tuple(
+        (name, ctypes.c_int)
+        for name in (
+            "n_rows", "n_columns", "batch", "wide", "slabs_per_block", "rank_tiles", "block_steps", "a_splits",
+            "weight_bytes", "stage_bytes", "stages", "y_pitch",
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one tile shape needs beside the layout: the kernel, its ring, its schedule (kept alive here)."""
+
+    function: int
+    n_blocks: int
+    n_threads: int
+    stages: int
+    stage_bytes: int
+    weight_bytes: int
+    a_splits: int
+    schedule: torch.Tensor
+    sharers: torch.Tensor
+    partial_floats: int
+    u_partial_floats: int
+    u_words: int
+    n_counters: int
+
+
+class FusedProduct:
+    """y = x W^T + adapters + bias for x (M, K padded), M <= 64.
+
+    Args:
+        weight: the slabs.
+        adapters: in fragment order, or None.
+        bias: (N,) float32, or None.
+        rank_groups: for layers stacked along N that have adapters of their own: (first row block, first tile of rank,
+            tiles) of each, in order; None where all rows use all ranks.
+    """
+
+    def __init__(
+        self,
+        weight: SlabWeight,
+        adapters: Fragments | None,
+        bias: torch.Tensor | None,
+        rank_groups: list[tuple[int, int, int]] | None = None,
+    ) -> None:
+        self.weight, self.adapters, self.bias = weight, adapters, bias
+        self.device = weight.slabs.device
+        n_tiles = adapters.n_tiles if adapters else 0
+        groups = rank_groups or [(0, 0, n_tiles)]
+        self._block_steps = max(tiles for _, _, tiles in groups)
+        steps = np.zeros(weight.n_row_blocks, np.int32)
+        for first_block, first_tile, _ in groups:
+            steps[first_block:] = first_tile
+        self._first_step = torch.from_numpy(steps).to(self.device)
+        self._plans: dict[Tile, _Plan] = {}
+        self._launches: dict[tuple[Tile, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
+        batch = x.shape[0]
+        tile = tile_for(batch, self.weight.encoding)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        found = self._launches.get((tile, stream))
+        if found is None:
+            found = self._launches[tile, stream] = self._launch(tile, stream)
+        arguments, launch, _ = found
+        arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
+        arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
+        launch(stream)
+        return out
+
+    def _launch(self, tile: Tile, stream: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
+        plan = self._plans.get(tile)
+        if plan is None:
+            plan = self._plans[tile] = self._plan(tile)
+        workspace = _workspace(self.device, stream, plan.partial_floats, plan.u_partial_floats, plan.u_words)
+        counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=self.device)
+        weight, adapters = self.weight, self.adapters
+        arguments = _Arguments(
+            slabs=weight.slabs.data_ptr(), slab_offsets=weight.offsets.data_ptr(),
+            lora_a=adapters.lora_A.data_ptr() if adapters else None,
+            lora_b=adapters.lora_B.data_ptr() if adapters else None,
+            scaling=adapters.scaling.data_ptr() if adapters else None,
+            schedule=plan.schedule.data_ptr(), sharers=plan.sharers.data_ptr(), first_step=self._first_step.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            partial=workspace[0].data_ptr(), u_partial=workspace[1].data_ptr(), u=workspace[2].data_ptr(),
+            counters=counters.data_ptr(), n_rows=weight.n_rows, n_columns=weight.padded_columns,
+            slabs_per_block=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
+            block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,
+            stage_bytes=plan.stage_bytes, stages=plan.stages,
+        )  # fmt: skip
+        launch = Launch(
+            plan.function, (plan.n_blocks, 1, 1), plan.n_threads, plan.stages * plan.stage_bytes, [arguments]
+        )
+        return arguments, launch, (counters, *workspace)
+
+    def _plan(self, tile: Tile) -> _Plan:
+        weight = self.weight
+        index = self.device.index
+        n_tiles = self.adapters.n_tiles if self.adapters else 0
+        chunk = 2 * tile.SUB
+        work = Work(
+            n_a=weight.n_slabs // tile.SUB if n_tiles else 0,
+            a_bytes=tile.SUB * n_tiles * 2048,
+            n_row_blocks=weight.n_row_blocks,
+            rounds_w=weight.n_slabs // tile.SUB,
+            w_bytes=weight.slabs.numel() / weight.n_row_blocks / weight.n_slabs * tile.SUB,
+            rounds_b=-(-self._block_steps // chunk),
+            b_bytes=min(self._block_steps, chunk) * 8192,
+        )
+        largest = max(tile.SUB * weight.largest_slab_bytes, work.a_bytes, work.b_bytes)
+        weight_bytes = -(-int(largest) // 128) * 128
+        stage_bytes = -(-(weight_bytes + tile.x_bytes) // 128) * 128
+        properties = torch.cuda.get_device_properties(index)
+        stages = _stages(stage_bytes, tile.MIN_BLOCKS, properties)
+        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * (work.rounds_w + work.rounds_b))
+        a_splits = min(work.n_a, _SPLITS_OF_A, n_blocks)
+        chosen = schedule(work, n_blocks, a_splits)
+        options = definitions(
+            weight.encoding, weight.dtype, NT=tile.NT, WARPS=tile.WARPS, SUB=tile.SUB, MIN_BLOCKS=tile.MIN_BLOCKS
+        )
+        return _Plan(
+            function=function("fused_linear.cu", "fused_linear", options, index, stages * stage_bytes),
+            n_blocks=n_blocks,
+            n_threads=(tile.WARPS + 1) * 32,
+            stages=stages,
+            stage_bytes=stage_bytes,
+            weight_bytes=weight_bytes,
+            a_splits=a_splits,
+            schedule=torch.from_numpy(chosen).to(self.device),
+            sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
+            partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
+            u_partial_floats=max(1, a_splits * n_tiles * tile.NT * 128),
+            u_words=max(1, n_tiles * tile.NT * 128),
+            n_counters=n_blocks + 2 + work.n_row_blocks,
+        )
+
+
+def _stages(stage_bytes: int, min_blocks: int, properties: Any) -> int:
+    """Return how many stages fit where ``min_blocks`` thread blocks share an SM, or where one has it alone."""
+    per_sm = properties.shared_memory_per_multiprocessor
+    per_block = properties.shared_memory_per_block_optin
+    together = min(per_sm // min_blocks, per_block) - _RESERVED_BYTES
+    stages = together // stage_bytes
+    if stages < 2:
+        stages = (per_block - _RESERVED_BYTES) // stage_bytes
+    if stages < 1:
+        raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {per_block} bytes of shared memory")
+    return int(min(stages, _MOST_STAGES))
+
+
+@functools.cache
+def _streams(device: torch.device) -> dict[int, list[torch.Tensor]]:
+    return {}
+
+
+def _workspace(device: torch.device, stream: int, *n_words: int) -> tuple[torch.Tensor, ...]:
+    """Return three float32 buffers of a stream that all its products share, at least as large as asked."""
+    known = _streams(device).setdefault(stream, [torch.empty(0, device=device)] * 3)
+    for i, wanted in enumerate(n_words):
+        if known[i].numel() < wanted:
+            known[i] = torch.empty(wanted, dtype=torch.float32, device=device)
+    return tuple(known)

@@ -1,0 +1,163 @@
+// Thin names for the PTX that the kernels need. No header of CUDA's own is included: NVRTC ships without them.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+#define HAS_BULK_COPIES (__CUDA_ARCH__ >= 900)
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- barriers in shared memory: a phase ends when all arrivals and all announced bytes have come
+
+DEVICE void barrier_init(u32 bar, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+DEVICE void barrier_init_fence() {
+#if HAS_BULK_COPIES
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+DEVICE void barrier_arrive(u32 bar) {
+  asm volatile("{\n.reg .b64 s;\nmbarrier.arrive.shared.b64 s, [%0];\n}" ::"r"(bar) : "memory");
+}
+DEVICE bool barrier_poll(u32 bar, u32 phase) {
+  u32 done;
+#if HAS_BULK_COPIES
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done) : "r"(bar), "r"(phase) : "memory");
+#else
+  // sm_80 tests by state only: there, arrivals are counted by cp.async and a token of the phase is kept in `phase`.
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done) : "r"(bar), "r"(phase) : "memory");
+#endif
+  return done;
+}
+DEVICE void barrier_wait(u32 bar, u32 phase) {
+  while (!barrier_poll(bar, phase)) {
+  }
+}
+
+// ---- global -> shared copies that complete on such a barrier; 16-byte units
+
+#if HAS_BULK_COPIES
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+#else
+DEVICE void copy_16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void arrive_after_copies(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+#endif
+
+// ---- programmatic dependent launch
+
+DEVICE void let_next_kernel_start() {
+#if HAS_BULK_COPIES
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_for_previous_kernel() {
+#if HAS_BULK_COPIES
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- loads
+
+DEVICE u32 lds32(u32 a) { u32 v; asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
+DEVICE u32 lds16(u32 a) { u16 v; asm("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a)); return v; }
+DEVICE u32 lds8(u32 a) { u32 v; asm("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
+DEVICE uint4 lds128(u32 a) {
+  uint4 v;
+  asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+  return v;
+}
+// What other thread blocks of the same launch wrote: past the first-level cache.
+DEVICE uint4 load_fresh(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+DEVICE float4 load_fresh(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  return v;
+}
+DEVICE float load_fresh(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+DEVICE u32 load_acquire(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+DEVICE void store_release(u32* p, u32 v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+DEVICE u32 add_release(u32* p, u32 v) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+  return before;
+}
+
+// ---- 16-bit floats: bfloat16, or float16 where HALF is set
+
+#ifndef HALF
+#define HALF 0
+#endif
+
+DEVICE u32 pack2(float low, float high) {
+  u32 v;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+DEVICE float widen(u32 v) {  // of the low 16 bits
+#if HALF
+  float f;
+  asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(v & 0xffffu));
+  return f;
+#else
+  return __uint_as_float(v << 16);
+#endif
+}
+DEVICE float half_to_float(u32 v) {  // float16, whatever HALF says
+  float f;
+  asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(v & 0xffffu));
+  return f;
+}
+DEVICE u32 subtract2(u32 a, u32 b) {
+  u32 v;
+#if HALF
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+#else
+  asm("{\n.reg .b32 one;\nmov.b32 one, 0xbf80bf80;\nfma.rn.bf16x2 %0, %2, one, %1;\n}" : "=r"(v) : "r"(a), "r"(b));
+#endif
+  return v;
+}
+// c (16 x 8, float32) += a (16 x 16) b (16 x 8)
+DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,88 @@
+"""Launching a compiled kernel on torch's current stream, as a programmatic dependent launch.
+
+Invariant: arguments are laid out once; a launch changes pointers and asks the driver once, so that it costs the host a
+few microseconds. A dependent launch may begin before the kernel in front of it ends: its kernel waits by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class CudaError(RuntimeError):
+    """The driver refused a launch."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Configuration(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+class Launch:
+    """One kernel with its grid and arguments: ctypes values or structures, shared with the caller, who may change them.
+
+    Args:
+        function: a CUfunction.
+        grid: thread blocks in x, y, z.
+        n_threads: a thread block's.
+        shared_bytes: dynamic shared memory.
+        arguments: in the kernel's order.
+        is_dependent: whether it may start while the kernel before it on the stream still runs.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        n_threads: int,
+        shared_bytes: int,
+        arguments: list[Any],
+        is_dependent: bool = True,
+    ) -> None:
+        self._arguments = arguments
+        self._pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self._configuration = _Configuration(
+            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(n_threads, 1, 1), shared_bytes, None,
+            ctypes.pointer(self._attribute), int(is_dependent),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._configuration)
+        self._function = ctypes.c_void_p(function)
+        self._driver = driver()
+
+    def __call__(self, stream: int) -> None:
+        """Launch on a stream (its handle).
+
+        Raises:
+            CudaError: the driver's answer was not success.
+        """
+        self._configuration.stream = stream
+        status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
+        if status:
+            raise CudaError(f"cuLaunchKernelEx: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 to find its cause")
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """Return the CUDA driver's library.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = ctypes.CDLL("libcuda.so.1")
+    found.cuLaunchKernelEx.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return found

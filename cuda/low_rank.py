@@ -1,0 +1,64 @@
+"""The concatenated adapters in the order of the tensor cores' fragments.
+
+Invariant: the rank is padded to a multiple of 16 with zeros. A is ordered like a dense slab layout (columns of x in
+groups of 16 a lane), B in mma.m16n8k16's own order, since u is made in that order by the kernel itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
+
+#: the rank that the fused kernel takes: 16 tiles of 16
+LARGEST_RANK = 256
+
+
+class LowRank(Protocol):
+    """What is needed of adapters (see ``salr.runtime.packed.Adapters``): lora_A (R, K), lora_B (N, R), scaling (R,)."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Adapters as fragments: lora_A [K/64][R/16][4 steps][32 lanes][8], lora_B [row blocks][R/16][16 units][32][8]."""
+
+    n_tiles: int
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: torch.Tensor
+
+
+def fragments(adapters: LowRank, dtype: torch.dtype) -> Fragments:
+    """Return adapters in fragment order, rounded to ``dtype``."""
+    rank, n_columns = adapters.lora_A.shape
+    n_rows = adapters.lora_B.shape[0]
+    n_tiles, n_blocks = -(-rank // 16), -(-n_rows // BLOCK_ROWS)
+    missing = n_tiles * 16 - rank
+    a = _padded(adapters.lora_A.to(dtype), missing, padded_columns(n_columns) - n_columns)
+    b = _padded(adapters.lora_B.to(dtype), n_blocks * BLOCK_ROWS - n_rows, missing)
+    scaling = torch.nn.functional.pad(adapters.scaling.float(), (0, missing)).contiguous()
+    return Fragments(n_tiles, _a_order(a, n_tiles), _b_order(b, n_blocks, n_tiles), scaling)
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
+def _a_order(a: torch.Tensor, n_tiles: int) -> torch.Tensor:
+    """Rows (tile, half, g), columns (slab, t, step, pair, element) -> slab, tile, step, g, t, pair, half, element."""
+    n_slabs = a.shape[1] // SLAB_COLUMNS
+    order = a.view(n_tiles, 2, 8, n_slabs, 4, 4, 2, 2).permute(3, 0, 5, 2, 4, 6, 1, 7)
+    return order.reshape(-1).contiguous()
+
+
+def _b_order(b: torch.Tensor, n_blocks: int, n_tiles: int) -> torch.Tensor:
+    """Rows (block, unit, half, g), columns (tile, k, t, element) -> block, tile, unit, g, t, k, half, element."""
+    order = b.view(n_blocks, UNITS, 2, 8, n_tiles, 2, 4, 2).permute(0, 4, 1, 3, 6, 5, 2, 7)
+    return order.reshape(-1).contiguous()
