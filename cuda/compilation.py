@@ -43,14 +43,14 @@ def module(file: str, definitions: tuple[tuple[str, int], ...], device: int) -> 
 
 
 @functools.cache
-def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int, shared_bytes: int = 0) -> int:
-    """Return the handle (CUfunction) of a kernel that may use ``shared_bytes`` of dynamic shared memory."""
+def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int) -> int:
+    """Return the handle (CUfunction) of a kernel that may use all shared memory that a thread block can have."""
     import cupy
 
-    with cupy.cuda.Device(device):
+    with cupy.cuda.Device(device) as here:
         found = module(file, definitions, device).get_function(name)
-        if shared_bytes:
-            found.max_dynamic_shared_size_bytes = shared_bytes
+        most = here.attributes["MaxSharedMemoryPerBlockOptin"]
+        found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
     return int(found.kernel.ptr)
 
 

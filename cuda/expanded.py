@@ -80,9 +80,7 @@ class ExpandedProduct:
 def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int) -> None:
     """Write rows from ``first_row``, a multiple of 256, to ``dense`` (rows, pitch) with pitch >= K padded."""
     device = weight.slabs.device.index
-    handle = function(
-        "expand.cu", "expand", definitions(weight.encoding, weight.dtype), device, weight.largest_slab_bytes
-    )
+    handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
     arguments = [
         *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets, dense)),
         *map(ctypes.c_int, (weight.n_slabs, first_row // BLOCK_ROWS, first_row + dense.shape[0], dense.stride(0))),

@@ -183,7 +183,7 @@ class FusedProduct:
             weight.encoding, weight.dtype, NT=tile.NT, WARPS=tile.WARPS, SUB=tile.SUB, MIN_BLOCKS=tile.MIN_BLOCKS
         )
         return _Plan(
-            function=function("fused_linear.cu", "fused_linear", options, index, stages * stage_bytes),
+            function=function("fused_linear.cu", "fused_linear", options, index),
             n_blocks=n_blocks,
             n_threads=(tile.WARPS + 1) * 32,
             stages=stages,
@@ -195,7 +195,7 @@ class FusedProduct:
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
             u_partial_floats=max(1, a_splits * n_tiles * tile.NT * 128),
             u_words=max(1, n_tiles * tile.NT * 128),
-            n_counters=n_blocks + 2 + work.n_row_blocks,
+            n_counters=n_blocks + 16 + 1 + work.n_row_blocks,
         )
 
 

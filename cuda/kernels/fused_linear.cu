@@ -8,8 +8,9 @@
 // Each thread block takes a contiguous run of rounds (stream-K): all W and B rounds of one row block, then the next.
 // The first `a_splits` thread blocks begin with a part of A each; the last of them to finish adds the parts in order
 // and publishes u = (x A^T) * scaling as two 16-bit floats a number, which B rounds multiply.
-// A row block that several thread blocks share is summed from float32 partials, in thread-block order whoever is last:
-// the same bits every time. Counters only ever grow; `launches` of a thread block says what to wait for.
+// A row block that several thread blocks share is summed from float32 partials, in thread-block order: the same bits
+// every time. Warps publish and wait on their own; no barrier joins a thread block's consumers. Counters only ever
+// grow (modulo 2^32), and `launches` of a thread block says what to wait for.
 #include "slabs.cuh"
 
 #ifndef NT
@@ -33,6 +34,7 @@ constexpr int X_PITCH = X_BYTES + 16;         // keeps eight lanes' 16-byte load
 constexpr int STEP_BYTES = 512;               // one 16 x 16 fragment of 16-bit weights
 constexpr int A_TILE_BYTES = 4 * STEP_BYTES;  // 16 rows x 64 columns
 constexpr int CONSUMERS = WARPS * 32;
+constexpr int LOADS = MIN_BLOCKS == 2 && WARPS == 16 ? 5 : 8;  // of partial sums at once: what registers allow
 
 struct Arguments {
   const u8* slabs;
@@ -49,7 +51,7 @@ struct Arguments {
   float4* partial;          // [grid][2][16 units][NT][32 lanes]
   float4* u_partial;        // [a_splits][rank_tiles][NT][32 lanes]
   uint4* u;                 // [rank_tiles][NT][32 lanes] high part (2 words), low part
-  u32* counters;            // launches [grid], A parts done, u published, parts done [row blocks]
+  u32* counters;            // launches [grid], warps done with A [16], tiles of u published, warps done [row blocks]
   int n_rows, n_columns, batch, wide;
   int slabs_per_block, rank_tiles, block_steps, a_splits;  // block_steps: steps of B a row block
   int weight_bytes, stage_bytes, stages, y_pitch;          // y_pitch: elements between rows of y
@@ -73,6 +75,7 @@ struct Item {
   int column;  // of x; < 0 where none is needed
 };
 
+// What a thread block multiplies, in order: stages of A, then rounds.
 struct Stream {
   int4 range;
   int n_a, rounds_w, rounds;  // rounds of a row block: of W, in all
@@ -83,20 +86,45 @@ struct Stream {
     rounds = rounds_w + (p.block_steps + CHUNK - 1) / CHUNK;
   }
   DEVICE int size() const { return n_a + range.w - range.z; }
-  DEVICE Item item(const Arguments& p, int i) const {
-    if (i < n_a) {
+};
+
+// Walks through the stream's stages; a warp reads the offsets of 31 rounds of W at once.
+struct Walk {
+  int i = 0, row_block, k;  // stage, row block and round in it
+  int w;                    // rounds of W before this one, in the whole matrix
+  int window;               // the first round that `offsets` has
+  u32 offsets;              // of round window + lane
+  DEVICE Walk(const Arguments& p, const Stream& s, int lane) {
+    row_block = s.range.z / s.rounds;
+    k = s.range.z - row_block * s.rounds;
+    w = row_block * s.rounds_w + min(k, s.rounds_w);
+    read_offsets(p, lane);
+  }
+  DEVICE void read_offsets(const Arguments& p, int lane) {
+    window = w;
+    const int last = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * p.slabs_per_block;
+    offsets = p.slab_offsets[min((w + lane) * SUB, last)];
+  }
+  DEVICE Item next(const Arguments& p, const Stream& s, int lane) {
+    if (i < s.n_a) {
       const u32 bytes = SUB * p.rank_tiles * A_TILE_BYTES;
-      return {p.lora_a + (size_t)(range.x + i) * bytes, bytes, (range.x + i) * SUB * SLAB_COLUMNS};
+      const int stage = s.range.x + i++;
+      return {p.lora_a + (size_t)stage * bytes, bytes, stage * SUB * SLAB_COLUMNS};
     }
-    const int round = range.z + i - n_a, row_block = round / rounds, k = round - row_block * rounds;
-    if (k < rounds_w) {
-      const u32* at = p.slab_offsets + row_block * p.slabs_per_block + k * SUB;
-      const u32 start = at[0];
-      return {p.slabs + (size_t)start * 16, (at[SUB] - start) * 16, k * SUB * SLAB_COLUMNS};
+    i++;
+    Item item;
+    if (k < s.rounds_w) {
+      if (w - window == 31) read_offsets(p, lane);
+      const u32 start = __shfl_sync(~0u, offsets, w - window), end = __shfl_sync(~0u, offsets, w - window + 1);
+      item = {p.slabs + (size_t)start * 16, (end - start) * 16, k * SUB * SLAB_COLUMNS};
+      w++;
+    } else {
+      const int step = (k - s.rounds_w) * CHUNK, steps = min(CHUNK, p.block_steps - step);
+      const size_t before = ((size_t)row_block * p.block_steps + step) * UNITS * STEP_BYTES;
+      item = {p.lora_b + before, (u32)(steps * UNITS * STEP_BYTES), -1};
     }
-    const int step = (k - rounds_w) * CHUNK, steps = min(CHUNK, p.block_steps - step);
-    const size_t before = ((size_t)row_block * p.block_steps + step) * UNITS * STEP_BYTES;
-    return {p.lora_b + before, (u32)(steps * UNITS * STEP_BYTES), -1};
+    if (++k == s.rounds) k = 0, row_block++;
+    return item;
   }
 };
 
@@ -112,10 +140,10 @@ DEVICE void copy_weights(const Arguments& p, const Ring& ring, const Item& item,
 #endif
 }
 
-DEVICE void copy_x(const Arguments& p, const Ring& ring, const Item& item, int lane) {
+DEVICE void copy_x(const Arguments& p, const Ring& ring, int column, int lane) {
   const u32 to = ring.memory + ring.stage * p.stage_bytes + p.weight_bytes;
-  if (item.column >= 0) {
-    const u8* from = p.x + (size_t)item.column * 2;
+  if (column >= 0) {
+    const u8* from = p.x + (size_t)column * 2;
 #if HAS_BULK_COPIES
     __syncwarp();
     for (int m = lane; m < p.batch; m += 32)
@@ -134,21 +162,25 @@ DEVICE void copy_x(const Arguments& p, const Ring& ring, const Item& item, int l
 
 DEVICE void produce(const Arguments& p, const Stream& stream, Ring ring, int lane) {
   const int n = stream.size(), first = min(n, p.stages);
+  Walk walk(p, stream, lane);
   Ring filling = ring;
+  int column = 0;  // of lane's stage: x's columns of the first stages
   for (int i = 0; i < first; i++) {
-    copy_weights(p, filling, stream.item(p, i), lane);
+    const Item item = walk.next(p, stream, lane);
+    if (lane == i) column = item.column;
+    copy_weights(p, filling, item, lane);
     filling.advance(p.stages);
   }
   wait_for_previous_kernel();
   for (int i = 0; i < first; i++) {
-    copy_x(p, ring, stream.item(p, i), lane);
+    copy_x(p, ring, __shfl_sync(~0u, column, i), lane);
     ring.advance(p.stages);
   }
   for (int i = first; i < n; i++) {
+    const Item item = walk.next(p, stream, lane);
     barrier_wait(ring.empty_bar(), ring.phase ^ 1);
-    const Item item = stream.item(p, i);
     copy_weights(p, ring, item, lane);
-    copy_x(p, ring, item, lane);
+    copy_x(p, ring, item.column, lane);
     ring.advance(p.stages);
   }
 }
@@ -258,12 +290,20 @@ DEVICE void multiply_b(const Arguments& p, u32 b_address, int u_step, int steps,
   }
 }
 
-DEVICE void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+DEVICE u32* warps_done_with_a(const Arguments& p, int tile) { return p.counters + gridDim.x + tile; }
+DEVICE u32* tiles_of_u(const Arguments& p) { return p.counters + gridDim.x + UNITS; }
+DEVICE u32* warps_done(const Arguments& p, int row_block) { return p.counters + gridDim.x + UNITS + 1 + row_block; }
 
 // Wait until *counter, which only grows (modulo 2^32), has come to `target`.
 DEVICE void wait_for_count(const u32* counter, u32 target) {
   while ((int)(load_acquire(counter) - target) < 0) {
   }
+}
+
+DEVICE float4 bias_of(const Arguments& p, int row) {  // of rows row (x, y) and row + 8 (z, w)
+  const float upper = p.bias && row < p.n_rows ? p.bias[row] : 0.f;
+  const float lower = p.bias && row + 8 < p.n_rows ? p.bias[row + 8] : 0.f;
+  return make_float4(upper, upper, lower, lower);
 }
 
 // Store one lane's four sums: rows row, row + 8 of y^T, columns m, m + 1.
@@ -272,8 +312,7 @@ DEVICE void store_outputs(const Arguments& p, int row, int m, float4 v) {
   for (int i = 0; i < 2; i++) {
     const int at = row + 8 * i;
     if (at >= p.n_rows) continue;
-    const float bias = p.bias ? p.bias[at] : 0.f;
-    const float sums[2] = {(i ? v.z : v.x) + bias, (i ? v.w : v.y) + bias};
+    const float sums[2] = {i ? v.z : v.x, i ? v.w : v.y};
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (m + j >= p.batch) continue;
@@ -286,89 +325,110 @@ DEVICE void store_outputs(const Arguments& p, int row, int m, float4 v) {
   }
 }
 
-// Part `blockIdx.x` of u is done: publish it; the last thread block to come adds all parts, in order.
-DEVICE void finish_u(const Arguments& p, const Tiles& sum, u32 launch, int warp, int lane, u32* is_last) {
-  const int n_fragments = p.rank_tiles * NT * 32, thread = warp * 32 + lane;
-  float4* own = p.u_partial + (size_t)blockIdx.x * n_fragments;
+DEVICE float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+
+// first[0] + first[stride] + ..., n numbers, in this order; several loads are under way at once.
+DEVICE float4 sum_in_order(const float4* first, size_t stride, int n) {
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int i = 0; i < n; i += LOADS) {
+    float4 v[LOADS];
 #pragma unroll
-  for (int r = 0; r < RT; r++)
-    if (warp * RT + r < p.rank_tiles)
+    for (int j = 0; j < LOADS; j++) v[j] = load_fresh(first + (size_t)min(i + j, n - 1) * stride);
 #pragma unroll
-      for (int n = 0; n < NT; n++)
-        own[((warp * RT + r) * NT + n) * 32 + lane] =
-            make_float4(sum[r][n][0], sum[r][n][1], sum[r][n][2], sum[r][n][3]);
-  __threadfence();
-  consumers_meet();
-  u32* done = p.counters + gridDim.x;
-  if (thread == 0) *is_last = add_release(done, 1) + 1 == (launch + 1) * p.a_splits;
-  consumers_meet();
-  if (!*is_last) return;
-  __threadfence();
-  for (int i = thread; i < n_fragments; i += CONSUMERS) {
-    // B-fragment lane (m % 8, k pair) gathers its numbers from where the product's fragments left them.
-    const int l = i & 31, tile = i / 32, k = 2 * (l & 3), m = l >> 2;
-    float v[4] = {0.f, 0.f, 0.f, 0.f};
-    for (int split = 0; split < p.a_splits; split++) {
-      const float* from = (const float*)(p.u_partial + (size_t)split * n_fragments + tile * 32);
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        v[j] += load_fresh(from + (4 * (k + (j & 1)) + m / 2) * 4 + (m & 1) + 2 * (j >> 1));
-    }
-    const float* scale = p.scaling + tile / NT * 16 + k;
-    u32 high[2], low[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float s = v[2 * h] * scale[8 * h], t = v[2 * h + 1] * scale[8 * h + 1];
-      high[h] = pack2(s, t);
-      low[h] = pack2(s - widen(high[h]), t - widen(high[h] >> 16));
-    }
-    p.u[i] = make_uint4(high[0], high[1], low[0], low[1]);
+    for (int j = 0; j < LOADS; j++)
+      if (i + j < n) sum = sum + v[j];
   }
-  __threadfence();
-  consumers_meet();
-  if (thread == 0) store_release(done + 1, launch + 1);
+  return sum;
 }
 
-// Where a thread block leaves its part of a row block: one that began here ends elsewhere, one that ends here began
-// elsewhere, so two places are enough.
+// From where a product's fragment (16 ranks x 8 rows of x) has its numbers to where the next product wants them,
+// scaled, as two 16-bit floats each.
+DEVICE uint4 as_u(float4 v, const float* scaling, int lane) {
+  const int k = 2 * (lane & 3), m = lane >> 2;
+  float upper[2], lower[2];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const int from = 4 * (k + j) + m / 2;
+    const float x = __shfl_sync(~0u, v.x, from), y = __shfl_sync(~0u, v.y, from);
+    const float z = __shfl_sync(~0u, v.z, from), w = __shfl_sync(~0u, v.w, from);
+    upper[j] = (m & 1 ? y : x) * scaling[k + j];
+    lower[j] = (m & 1 ? w : z) * scaling[k + j + 8];
+  }
+  const u32 high0 = pack2(upper[0], upper[1]), high1 = pack2(lower[0], lower[1]);
+  return make_uint4(high0, high1, pack2(upper[0] - widen(high0), upper[1] - widen(high0 >> 16)),
+                    pack2(lower[0] - widen(high1), lower[1] - widen(high1 >> 16)));
+}
+
+// This warp's tiles of part `blockIdx.x` of u are done: the last warp to come adds all parts of a tile, in order.
+DEVICE void finish_u(const Arguments& p, const Tiles& sum, u32 launch, int warp, int lane) {
+  const size_t part = (size_t)p.rank_tiles * NT * 32;
+#pragma unroll
+  for (int r = 0; r < RT; r++) {
+    const int tile = warp * RT + r;
+    if (tile >= p.rank_tiles) continue;
+    float4* own = p.u_partial + blockIdx.x * part + tile * NT * 32 + lane;
+#pragma unroll
+    for (int n = 0; n < NT; n++) own[n * 32] = as_float4(sum[r][n]);
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) before = add_release(warps_done_with_a(p, tile), 1);
+    if (__shfl_sync(~0u, before, 0) + 1 != (launch + 1) * p.a_splits) continue;
+    for (int n = 0; n < NT; n++) {
+      const float4 v = sum_in_order(p.u_partial + (tile * NT + n) * 32 + lane, part, p.a_splits);
+      p.u[(tile * NT + n) * 32 + lane] = as_u(v, p.scaling + tile * 16, lane);
+    }
+    __syncwarp();
+    if (lane == 0) add_release(tiles_of_u(p), 1);
+  }
+}
+
+// Where a thread block leaves its part of a row block. One part began in this thread block and ends in another, one
+// began in another: so two places are enough.
 DEVICE float4* partial_of(const Arguments& p, int block, bool began_here) {
   return p.partial + ((size_t)block * 2 + began_here) * UNITS * NT * 32;
 }
 
 DEVICE void store_partial(const Arguments& p, const Tiles& sum, int row_block, bool began_here, int warp, int lane) {
-  float4* to = partial_of(p, blockIdx.x, began_here);
+  float4* to = partial_of(p, blockIdx.x, began_here) + warp * RT * NT * 32 + lane;
 #pragma unroll
   for (int r = 0; r < RT; r++)
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-      to[((warp * RT + r) * NT + n) * 32 + lane] =
-          make_float4(sum[r][n][0], sum[r][n][1], sum[r][n][2], sum[r][n][3]);
-  __threadfence();
-  consumers_meet();
-  if (warp == 0 && lane == 0) add_release(p.counters + gridDim.x + 2 + row_block, 1);
+    for (int n = 0; n < NT; n++) to[(r * NT + n) * 32] = as_float4(sum[r][n]);
+  __syncwarp();
+  if (lane == 0) add_release(warps_done(p, row_block), 1);
 }
 
-// Add up this thread block's share of a row block that several thread blocks worked on.
-DEVICE void finish_shared(const Arguments& p, int row_block, u32 launch, int warp, int lane) {
-  const int2 sharers = p.sharers[row_block];
-  const int n_sharers = sharers.y - sharers.x + 1, own = blockIdx.x - sharers.x;
-  if (warp == 0 && lane == 0) wait_for_count(p.counters + gridDim.x + 2 + row_block, (launch + 1) * n_sharers);
-  consumers_meet();
-  for (int tile = own + n_sharers * warp; tile < UNITS * NT; tile += n_sharers * WARPS) {
-    float4 sum = load_fresh(partial_of(p, sharers.x, true) + tile * 32 + lane);
-#pragma unroll 4
-    for (int block = sharers.x + 1; block <= sharers.y; block++) {
-      const float4 v = load_fresh(partial_of(p, block, false) + tile * 32 + lane);
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    const int row = row_block * BLOCK_ROWS + tile / NT * UNIT_ROWS + (lane >> 2);
-    store_outputs(p, row, tile % NT * 8 + 2 * (lane & 3), sum);
+DEVICE void store_whole(const Arguments& p, const Tiles& sum, int row_block, int warp, int lane) {
+#pragma unroll
+  for (int r = 0; r < RT; r++) {
+    const int row = row_block * BLOCK_ROWS + (warp * RT + r) * UNIT_ROWS + (lane >> 2);
+    const float4 bias = bias_of(p, row);
+#pragma unroll
+    for (int n = 0; n < NT; n++) store_outputs(p, row, n * 8 + 2 * (lane & 3), as_float4(sum[r][n]) + bias);
   }
 }
 
-DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int warp, int lane, u32* is_last, u32 table) {
+// Add up this warp's share of a row block that several thread blocks worked on.
+DEVICE void finish_shared(const Arguments& p, int row_block, u32 launch, int warp, int lane) {
+  const int2 sharers = p.sharers[row_block];
+  const int n_sharers = sharers.y - sharers.x + 1;
+  bool waited = false;
+  for (int tile = blockIdx.x - sharers.x + n_sharers * warp; tile < UNITS * NT; tile += n_sharers * WARPS) {
+    const int row = row_block * BLOCK_ROWS + tile / NT * UNIT_ROWS + (lane >> 2);
+    const float4 bias = bias_of(p, row);
+    if (!waited) wait_for_count(warps_done(p, row_block), (launch + 1) * n_sharers * WARPS);
+    waited = true;
+    const float4 first = load_fresh(partial_of(p, sharers.x, true) + tile * 32 + lane);
+    const float4 rest = sum_in_order(partial_of(p, sharers.x + 1, false) + tile * 32 + lane, 2 * UNITS * NT * 32, n_sharers - 1);
+    store_outputs(p, row, tile % NT * 8 + 2 * (lane & 3), first + rest + bias);
+  }
+}
+
+DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int warp, int lane, u32 table) {
   wait_for_previous_kernel();
-  const u32 launch = load_acquire(p.counters + blockIdx.x);
+  const u32 launch = load_fresh(p.counters + blockIdx.x);
   Tiles sum;
   clear(sum);
   const int n = stream.size();
@@ -384,7 +444,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
     } else if (k < stream.rounds_w) {
       multiply_w(weights, x, sum, warp, lane, table);
     } else {
-      if (!have_u) wait_for_count(p.counters + gridDim.x + 1, launch + 1);
+      if (!have_u) wait_for_count(tiles_of_u(p), (launch + 1) * p.rank_tiles);
       have_u = true;
       const int step = (k - stream.rounds_w) * CHUNK;
       multiply_b(p, weights, p.first_step[row_block] + step, min(CHUNK, p.block_steps - step), sum, warp, lane);
@@ -394,21 +454,15 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
     ring.advance(p.stages);
     if (is_a) {
       if (i + 1 == stream.n_a) {
-        finish_u(p, sum, launch, warp, lane, is_last);
+        finish_u(p, sum, launch, warp, lane);
         clear(sum);
       }
     } else if (++k == stream.rounds || i + 1 == n) {
       const bool began_here = row_block > first_block || first_k == 0, ends_here = k == stream.rounds;
-      if (began_here && ends_here) {
-#pragma unroll
-        for (int r = 0; r < RT; r++)
-#pragma unroll
-          for (int t = 0; t < NT; t++)
-            store_outputs(p, row_block * BLOCK_ROWS + (warp * RT + r) * UNIT_ROWS + (lane >> 2), t * 8 + 2 * (lane & 3),
-                          make_float4(sum[r][t][0], sum[r][t][1], sum[r][t][2], sum[r][t][3]));
-      } else {
+      if (began_here && ends_here)
+        store_whole(p, sum, row_block, warp, lane);
+      else
         store_partial(p, sum, row_block, began_here, warp, lane);
-      }
       clear(sum);
       if (ends_here) k = 0, row_block++;
     }
@@ -419,14 +473,13 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
   const bool first_is_shared = first_k != 0 || (last_block == first_block && !last_is_whole);
   if (first_is_shared) finish_shared(p, first_block, launch, warp, lane);
   if (!last_is_whole && last_block != first_block) finish_shared(p, last_block, launch, warp, lane);
-  consumers_meet();
+  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");  // all have read the count
   if (warp == 0 && lane == 0) p.counters[blockIdx.x] = launch + 1;
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, MIN_BLOCKS) fused_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ __align__(8) u64 full[MAX_STAGES], empty[MAX_STAGES];
-  __shared__ u32 is_last;
   __shared__ u32 table[TABLE_WORDS];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
@@ -444,5 +497,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, MIN_BLOCKS) fused_l
   if (warp == WARPS)
     produce(p, stream, ring, lane);
   else
-    consume(p, stream, ring, warp, lane, &is_last, shared_address(table));
+    consume(p, stream, ring, warp, lane, shared_address(table));
 }
