@@ -18,6 +18,8 @@ from .low_rank import LowRank
 
 _PART_BYTES = 64 * 2**20
 _N_BUFFERS = 2
+_BLOCKS_PER_SM = 3
+_RANK_MULTIPLE = 8  # rows of the workspace begin at 16 bytes
 
 
 class ExpandedProduct:
@@ -29,8 +31,9 @@ class ExpandedProduct:
         if adapters is not None:
             missing = weight.padded_columns - weight.n_columns
             scaled = (adapters.lora_A.float() * adapters.scaling[:, None]).to(weight.dtype)
-            self.lora_A = torch.nn.functional.pad(scaled, (0, missing)).contiguous()
-            self.lora_B = adapters.lora_B.to(weight.dtype)
+            ranks = -len(scaled) % _RANK_MULTIPLE
+            self.lora_A = torch.nn.functional.pad(scaled, (0, missing, 0, ranks)).contiguous()
+            self.lora_B = torch.nn.functional.pad(adapters.lora_B.to(weight.dtype), (0, ranks))
         self._bias = None if bias is None else bias.to(weight.dtype)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -80,13 +83,17 @@ class ExpandedProduct:
 def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int) -> None:
     """Write rows from ``first_row``, a multiple of 256, to ``dense`` (rows, pitch) with pitch >= K padded."""
     device = weight.slabs.device.index
+    properties = torch.cuda.get_device_properties(device)
     handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
+    buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
+    per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // (3 * buffer_bytes + 4096)))
     arguments = [
         *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets, dense)),
-        *map(ctypes.c_int, (weight.n_slabs, first_row // BLOCK_ROWS, first_row + dense.shape[0], dense.stride(0))),
+        *map(ctypes.c_int, (weight.n_slabs, first_row // BLOCK_ROWS, *dense.shape[:1], dense.stride(0), buffer_bytes)),
     ]
-    blocks = -(-dense.shape[0] // BLOCK_ROWS)
-    Launch(handle, (weight.n_slabs, blocks, 1), 512, weight.largest_slab_bytes, arguments, is_dependent=False)(stream)
+    n_slabs = -(-dense.shape[0] // BLOCK_ROWS) * weight.n_slabs
+    grid = min(n_slabs, per_sm * properties.multi_processor_count), 1, 1
+    Launch(handle, grid, 512, 3 * buffer_bytes, arguments, is_dependent=False)(stream)
 
 
 def _rows_of_part(n_columns: int, n_row_blocks: int) -> int:

@@ -21,9 +21,10 @@ from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
 
 LARGEST_BATCH = 64
-_STREAMS = 8
-_SPLITS_OF_A = 16
-_RESERVED_BYTES = 2048  # of shared memory, for each thread block: what CUDA takes itself, and barriers
+_SPLITS_OF_A = 10
+_FEW_ROWS = 1
+_RESERVED_BYTES = 1024 + 256  # of shared memory a thread block: CUDA's own, and barriers
+_TABLE_BYTES = 1024  # of 4-bit codes
 _MOST_STAGES = 16
 
 
@@ -36,10 +37,9 @@ class Tile:
     SUB: int
     MIN_BLOCKS: int
 
-    @property
-    def x_bytes(self) -> int:
-        """Shared memory for x in a stage."""
-        return self.NT * 8 * (self.SUB * 128 + 16)
+    def rows(self, batch: int) -> int:
+        """Return how many rows of x a stage gets room for: few, where that leaves room for one more stage."""
+        return _FEW_ROWS if batch <= _FEW_ROWS else 8 * self.NT
 
 
 TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 2), Tile(4, 8, 1, 2), Tile(8, 8, 1, 1))
@@ -58,13 +58,13 @@ class _Arguments(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             "slabs", "slab_offsets", "lora_a", "lora_b", "scaling", "schedule", "sharers", "first_step", "bias", "x",
-            "y", "partial", "u_partial", "u", "counters",
+            "y", "partial", "u_partial", "counters",
         )
     ) + tuple(
         (name, ctypes.c_int)
         for name in (
             "n_rows", "n_columns", "batch", "wide", "slabs_per_block", "rank_tiles", "block_steps", "a_splits",
-            "weight_bytes", "stage_bytes", "stages", "y_pitch",
+            "weight_bytes", "stage_bytes", "stages", "x_rows", "y_pitch",
         )
     )  # fmt: skip
 
@@ -84,7 +84,8 @@ class _Plan:
     sharers: torch.Tensor
     partial_floats: int
     u_partial_floats: int
-    u_words: int
+    u_bytes: int
+    x_rows: int
     n_counters: int
 
 
@@ -115,28 +116,29 @@ class FusedProduct:
         for first_block, first_tile, _ in groups:
             steps[first_block:] = first_tile
         self._first_step = torch.from_numpy(steps).to(self.device)
-        self._plans: dict[Tile, _Plan] = {}
-        self._launches: dict[tuple[Tile, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
+        self._plans: dict[tuple[Tile, int], _Plan] = {}
+        self._launches: dict[tuple[Tile, int, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
         batch = x.shape[0]
         tile = tile_for(batch, self.weight.encoding)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        found = self._launches.get((tile, stream))
+        key = tile, tile.rows(batch), stream
+        found = self._launches.get(key)
         if found is None:
-            found = self._launches[tile, stream] = self._launch(tile, stream)
+            found = self._launches[key] = self._launch(*key)
         arguments, launch, _ = found
         arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(stream)
         return out
 
-    def _launch(self, tile: Tile, stream: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
-        plan = self._plans.get(tile)
+    def _launch(self, tile: Tile, x_rows: int, stream: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
+        plan = self._plans.get((tile, x_rows))
         if plan is None:
-            plan = self._plans[tile] = self._plan(tile)
-        workspace = _workspace(self.device, stream, plan.partial_floats, plan.u_partial_floats, plan.u_words)
+            plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
+        workspace = _workspace(self.device, stream, plan.partial_floats, plan.u_partial_floats)
         counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=self.device)
         weight, adapters = self.weight, self.adapters
         arguments = _Arguments(
@@ -146,18 +148,19 @@ class FusedProduct:
             scaling=adapters.scaling.data_ptr() if adapters else None,
             schedule=plan.schedule.data_ptr(), sharers=plan.sharers.data_ptr(), first_step=self._first_step.data_ptr(),
             bias=None if self.bias is None else self.bias.data_ptr(),
-            partial=workspace[0].data_ptr(), u_partial=workspace[1].data_ptr(), u=workspace[2].data_ptr(),
+            partial=workspace[0].data_ptr(), u_partial=workspace[1].data_ptr(),
             counters=counters.data_ptr(), n_rows=weight.n_rows, n_columns=weight.padded_columns,
             slabs_per_block=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
             block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,
-            stage_bytes=plan.stage_bytes, stages=plan.stages,
+            stage_bytes=plan.stage_bytes, stages=plan.stages, x_rows=plan.x_rows,
         )  # fmt: skip
         launch = Launch(
-            plan.function, (plan.n_blocks, 1, 1), plan.n_threads, plan.stages * plan.stage_bytes, [arguments]
-        )
+            plan.function, (plan.n_blocks, 1, 1), plan.n_threads, plan.stages * plan.stage_bytes + plan.u_bytes,
+            [arguments],
+        )  # fmt: skip
         return arguments, launch, (counters, *workspace)
 
-    def _plan(self, tile: Tile) -> _Plan:
+    def _plan(self, tile: Tile, x_rows: int) -> _Plan:
         weight = self.weight
         index = self.device.index
         n_tiles = self.adapters.n_tiles if self.adapters else 0
@@ -173,10 +176,12 @@ class FusedProduct:
         )
         largest = max(tile.SUB * weight.largest_slab_bytes, work.a_bytes, work.b_bytes)
         weight_bytes = -(-int(largest) // 128) * 128
-        stage_bytes = -(-(weight_bytes + tile.x_bytes) // 128) * 128
+        stage_bytes = -(-(weight_bytes + x_rows * (tile.SUB * 128 + 16)) // 128) * 128
+        u_bytes = n_tiles * tile.NT * 512
+        other_bytes = _RESERVED_BYTES + u_bytes + (_TABLE_BYTES if weight.encoding == "dense4" else 0)
         properties = torch.cuda.get_device_properties(index)
-        stages = _stages(stage_bytes, tile.MIN_BLOCKS, properties)
-        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * (work.rounds_w + work.rounds_b))
+        stages = _stages(stage_bytes, other_bytes, tile.MIN_BLOCKS, properties)
+        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A, n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(
@@ -194,19 +199,19 @@ class FusedProduct:
             sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
             u_partial_floats=max(1, a_splits * n_tiles * tile.NT * 128),
-            u_words=max(1, n_tiles * tile.NT * 128),
-            n_counters=n_blocks + 16 + 1 + work.n_row_blocks,
+            u_bytes=u_bytes,
+            x_rows=x_rows,
+            n_counters=n_blocks + 16 + work.n_row_blocks,
         )
 
 
-def _stages(stage_bytes: int, min_blocks: int, properties: Any) -> int:
+def _stages(stage_bytes: int, other_bytes: int, min_blocks: int, properties: Any) -> int:
     """Return how many stages fit where ``min_blocks`` thread blocks share an SM, or where one has it alone."""
     per_sm = properties.shared_memory_per_multiprocessor
     per_block = properties.shared_memory_per_block_optin
-    together = min(per_sm // min_blocks, per_block) - _RESERVED_BYTES
-    stages = together // stage_bytes
+    stages = (min(per_sm // min_blocks, per_block) - other_bytes) // stage_bytes
     if stages < 2:
-        stages = (per_block - _RESERVED_BYTES) // stage_bytes
+        stages = (per_block - other_bytes) // stage_bytes
     if stages < 1:
         raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {per_block} bytes of shared memory")
     return int(min(stages, _MOST_STAGES))
@@ -218,8 +223,8 @@ def _streams(device: torch.device) -> dict[int, list[torch.Tensor]]:
 
 
 def _workspace(device: torch.device, stream: int, *n_words: int) -> tuple[torch.Tensor, ...]:
-    """Return three float32 buffers of a stream that all its products share, at least as large as asked."""
-    known = _streams(device).setdefault(stream, [torch.empty(0, device=device)] * 3)
+    """Return two float32 buffers of a stream that all its products share, at least as large as asked."""
+    known = _streams(device).setdefault(stream, [torch.empty(0, device=device)] * 2)
     for i, wanted in enumerate(n_words):
         if known[i].numel() < wanted:
             known[i] = torch.empty(wanted, dtype=torch.float32, device=device)

@@ -28,22 +28,23 @@ class Work:
 def schedule(work: Work, n_blocks: int, a_splits: int) -> npt.NDArray[np.int32]:
     """Return [n_blocks, 4]: first and last (exclusive) stage of A, first and last round, of each thread block.
 
-    ``n_blocks`` is at most the number of rounds.
+    Of a row block's rounds, those of B come first and go with its first round of W; each thread block has a round of W
+    at least, so that sharers are neighbours: ``n_blocks`` is at most the number of rounds of W.
     """
-    a_borders = np.arange(a_splits + 1) * work.n_a // max(a_splits, 1)
-    a_first = np.append(a_borders[:-1], np.full(n_blocks - a_splits, work.n_a)).astype(np.int64)
-    a_last = np.append(a_borders[1:], np.full(n_blocks - a_splits, work.n_a)).astype(np.int64)
-    sizes = np.tile(np.repeat([work.w_bytes, work.b_bytes], [work.rounds_w, work.rounds_b]), work.n_row_blocks)
-    total = sizes.sum() + work.n_a * work.a_bytes
-    free = np.maximum(total / n_blocks - (a_last - a_first) * work.a_bytes, 0)
-    ends = np.cumsum(free) * (sizes.sum() / free.sum())
-    borders = np.searchsorted(np.cumsum(sizes), ends - sizes.min() / 2, side="left")
-    borders = np.append(0, borders)
-    borders[-1] = len(sizes)
-    # Each thread block has a round at least: sharers of a row block must be neighbours.
-    borders = np.maximum.accumulate(borders - np.arange(n_blocks + 1)) + np.arange(n_blocks + 1)
-    borders = np.minimum(borders, len(sizes) - np.arange(n_blocks, -1, -1))
-    return np.stack([a_first, a_last, borders[:-1], borders[1:]], 1).astype(np.int32)
+    splits = np.minimum(np.arange(n_blocks + 1), a_splits) * work.n_a // max(a_splits, 1)
+    sizes = np.full((work.n_row_blocks, work.rounds_w), work.w_bytes)
+    sizes[:, 0] += work.rounds_b * work.b_bytes
+    ends = np.cumsum(sizes.ravel())
+    share = (ends[-1] + work.n_a * work.a_bytes) / n_blocks
+    free = np.cumsum(np.maximum(share - np.diff(splits) * work.a_bytes, 0))
+    borders = np.append(0, np.searchsorted(ends, free * (ends[-1] / free[-1]) - work.w_bytes / 2))
+    borders[-1] = ends.size
+    steps = np.arange(n_blocks + 1)
+    borders = np.maximum.accumulate(borders - steps) + steps
+    borders = np.minimum(borders, ends.size - steps[::-1])
+    row_block, k = np.divmod(borders, work.rounds_w)
+    rounds = row_block * (work.rounds_w + work.rounds_b) + np.where(k > 0, k + work.rounds_b, 0)
+    return np.stack([splits[:-1], splits[1:], rounds[:-1], rounds[1:]], 1).astype(np.int32)
 
 
 def sharers(chosen: npt.NDArray[np.int32], work: Work) -> npt.NDArray[np.int32]:

@@ -1,39 +1,78 @@
 // Slabs -> dense 16-bit weights, for products with many rows of x.
 //
-// grid: a thread block a slab (x) of the chosen row blocks (y); block: a warp a unit; shared memory: one slab.
+// grid: about as many thread blocks as fit, each walks through slabs; block: a warp a unit; shared memory: BUFFERS slabs
+// of `buffer_bytes`, the next ones on their way while one is decoded.
 #include "slabs.cuh"
+
+#define BUFFERS 3
+constexpr int THREADS = UNITS * 32;
 
 DEVICE u32 scaled(u32 pair, float scale) {
   return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
 }
 
-// dense [>= n_rows, pitch], its first row being that of row block `first_block`
-extern "C" __global__ void expand(const u8* slabs, const u32* slab_offsets, u16* dense, int n_slabs, int first_block,
-                                  int n_rows, int pitch) {
-  extern __shared__ __align__(128) u8 memory[];
-  __shared__ u32 table[TABLE_WORDS];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int number = (first_block + blockIdx.y) * n_slabs + blockIdx.x;
-  const uint4* from = (const uint4*)(slabs + (size_t)slab_offsets[number] * 16);
-  const u32 size = slab_offsets[number + 1] - slab_offsets[number];
-  for (u32 i = threadIdx.x; i < size; i += blockDim.x) ((uint4*)memory)[i] = from[i];
-  fill_table(table);
-  __syncthreads();
-  const u32 slab = shared_address(memory);
+DEVICE void start_copy(u32 to, const u8* slabs, const u32* slab_offsets, int number, u32 bar) {
+  const u32 start = slab_offsets[number], bytes = (slab_offsets[number + 1] - start) * 16;
+  const u8* from = slabs + (size_t)start * 16;
+#if HAS_BULK_COPIES
+  if (threadIdx.x == 0) {
+    barrier_expect(bar, bytes);
+    bulk_copy(to, from, bytes, bar);
+  }
+#else
+  for (u32 i = threadIdx.x * 16; i < bytes; i += THREADS * 16) copy_16(to + i, from + i);
+  arrive_after_copies(bar);
+#endif
+}
+
+// One slab in shared memory -> 256 rows x 64 columns at `to`, of which `rows` exist.
+DEVICE void decode(u32 slab, u16* to, int rows, int pitch, u32 table) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = warp * UNIT_ROWS + (lane >> 2);
   Unit unit;
   unit.open(slab + 16 * (warp ? lds16(slab + 2 * warp) : 2), lane);
-  const int row = (first_block + blockIdx.y) * BLOCK_ROWS + warp * UNIT_ROWS + (lane >> 2);
-  const int local = blockIdx.y * BLOCK_ROWS + warp * UNIT_ROWS + (lane >> 2);
   const float upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
+  to += (size_t)row * pitch + 16 * (lane & 3);
 #pragma unroll
   for (int pair = 0; pair < 2; pair++) {
     u32 a[2][4];
-    unit.fragments(pair, lane, a, shared_address(table));
-    u16* to = dense + (size_t)local * pitch + blockIdx.x * SLAB_COLUMNS + 16 * (lane & 3) + 8 * pair;
-    if (row < n_rows)
-      *(uint4*)to = make_uint4(scaled(a[0][0], upper), scaled(a[0][2], upper), scaled(a[1][0], upper), scaled(a[1][2], upper));
-    if (row + 8 < n_rows)
-      *(uint4*)(to + 8 * (size_t)pitch) =
+    unit.fragments(pair, lane, a, table);
+    if (row < rows)
+      *(uint4*)(to + 8 * pair) =
+          make_uint4(scaled(a[0][0], upper), scaled(a[0][2], upper), scaled(a[1][0], upper), scaled(a[1][2], upper));
+    if (row + 8 < rows)
+      *(uint4*)(to + 8 * pair + 8 * (size_t)pitch) =
           make_uint4(scaled(a[0][1], lower), scaled(a[0][3], lower), scaled(a[1][1], lower), scaled(a[1][3], lower));
+  }
+}
+
+// dense [n_rows, pitch], its first row being that of row block `first_block`
+extern "C" __global__ void __launch_bounds__(THREADS)
+    expand(const u8* slabs, const u32* slab_offsets, u16* dense, int n_slabs, int first_block, int n_rows, int pitch,
+           int buffer_bytes) {
+  extern __shared__ __align__(128) u8 memory[];
+  __shared__ __align__(8) u64 full[BUFFERS];
+  __shared__ u32 table[TABLE_WORDS];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < BUFFERS; i++) barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : THREADS);
+    barrier_init_fence();
+  }
+  fill_table(table);
+  __syncthreads();
+  const int first = first_block * n_slabs, n = (n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * n_slabs;
+  const u32 ring = shared_address(memory), bars = shared_address(full);
+  for (int i = 0; i < BUFFERS - 1; i++)
+    if (blockIdx.x + i * gridDim.x < n)
+      start_copy(ring + i * buffer_bytes, slabs, slab_offsets, first + blockIdx.x + i * gridDim.x, bars + 8 * i);
+  int stage = 0;
+  u32 phase = 0;
+  for (int i = blockIdx.x; i < n; i += gridDim.x) {
+    const int ahead = i + (BUFFERS - 1) * gridDim.x, other = (stage + BUFFERS - 1) % BUFFERS;
+    if (ahead < n) start_copy(ring + other * buffer_bytes, slabs, slab_offsets, first + ahead, bars + 8 * other);
+    barrier_wait(bars + 8 * stage, phase);
+    const int row_block = i / n_slabs, slab = i - row_block * n_slabs;
+    decode(ring + stage * buffer_bytes, dense + (size_t)row_block * BLOCK_ROWS * pitch + slab * SLAB_COLUMNS,
+           n_rows - row_block * BLOCK_ROWS, pitch, shared_address(table));
+    __syncthreads();
+    if (++stage == BUFFERS) stage = 0, phase ^= 1;
   }
 }

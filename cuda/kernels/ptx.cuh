@@ -85,6 +85,9 @@ DEVICE uint4 lds128(u32 a) {
   asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
+DEVICE void sts128(u32 a, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 // What other thread blocks of the same launch wrote: past the first-level cache.
 DEVICE uint4 load_fresh(const uint4* p) {
   uint4 v;
