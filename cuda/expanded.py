@@ -93,7 +93,7 @@ def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int)
     ]
     n_slabs = -(-dense.shape[0] // BLOCK_ROWS) * weight.n_slabs
     grid = min(n_slabs, per_sm * properties.multi_processor_count), 1, 1
-    Launch(handle, grid, 512, 3 * buffer_bytes, arguments, is_dependent=False)(stream)
+    Launch(handle, grid, 512, 3 * buffer_bytes + 128, arguments, is_dependent=False)(stream)
 
 
 def _rows_of_part(n_columns: int, n_row_blocks: int) -> int:

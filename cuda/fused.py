@@ -21,11 +21,13 @@ from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
 
 LARGEST_BATCH = 64
-_SPLITS_OF_A = 10
+_SPLITS_OF_A = {1: 32, 2: 16, 4: 8, 8: 8}  # by NT: parts are gathered side by side while there are warps for them
+_A_COST, _B_COST = 2.0, 1.6  # of their bytes against those of W, in time: few warps multiply A, B waits for u
 _FEW_ROWS = 1
 _RESERVED_BYTES = 1024 + 256  # of shared memory a thread block: CUDA's own, and barriers
 _TABLE_BYTES = 1024  # of 4-bit codes
 _MOST_STAGES = 16
+_BLOCKS_PER_SM = 1
 
 
 @dataclass(frozen=True)
@@ -167,22 +169,25 @@ class FusedProduct:
         chunk = 2 * tile.SUB
         work = Work(
             n_a=weight.n_slabs // tile.SUB if n_tiles else 0,
-            a_bytes=tile.SUB * n_tiles * 2048,
+            a_bytes=tile.SUB * n_tiles * 2048 * _A_COST,
             n_row_blocks=weight.n_row_blocks,
             rounds_w=weight.n_slabs // tile.SUB,
             w_bytes=weight.slabs.numel() / weight.n_row_blocks / weight.n_slabs * tile.SUB,
             rounds_b=-(-self._block_steps // chunk),
-            b_bytes=min(self._block_steps, chunk) * 8192,
+            b_bytes=min(self._block_steps, chunk) * 8192 * _B_COST,
         )
-        largest = max(tile.SUB * weight.largest_slab_bytes, work.a_bytes, work.b_bytes)
+        largest = max(
+            tile.SUB * weight.largest_slab_bytes, tile.SUB * n_tiles * 2048, min(self._block_steps, chunk) * 8192
+        )
         weight_bytes = -(-int(largest) // 128) * 128
         stage_bytes = -(-(weight_bytes + x_rows * (tile.SUB * 128 + 16)) // 128) * 128
-        u_bytes = n_tiles * tile.NT * 512
+        pairs = n_tiles * tile.NT
+        u_bytes = 512 * (pairs + (tile.WARPS // pairs * pairs if 0 < pairs < tile.WARPS else 0))
         other_bytes = _RESERVED_BYTES + u_bytes + (_TABLE_BYTES if weight.encoding == "dense4" else 0)
         properties = torch.cuda.get_device_properties(index)
         stages = _stages(stage_bytes, other_bytes, tile.MIN_BLOCKS, properties)
-        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
-        a_splits = min(work.n_a, _SPLITS_OF_A, n_blocks)
+        n_blocks = min(_BLOCKS_PER_SM * properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
+        a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(
             weight.encoding, weight.dtype, NT=tile.NT, WARPS=tile.WARPS, SUB=tile.SUB, MIN_BLOCKS=tile.MIN_BLOCKS

@@ -32,16 +32,18 @@ DEVICE void decode(u32 slab, u16* to, int rows, int pitch, u32 table) {
   unit.open(slab + 16 * (warp ? lds16(slab + 2 * warp) : 2), lane);
   const float upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
   to += (size_t)row * pitch + 16 * (lane & 3);
+  u32 a[2][2][4];
 #pragma unroll
-  for (int pair = 0; pair < 2; pair++) {
-    u32 a[2][4];
-    unit.fragments(pair, lane, a, table);
-    if (row < rows)
-      *(uint4*)(to + 8 * pair) =
-          make_uint4(scaled(a[0][0], upper), scaled(a[0][2], upper), scaled(a[1][0], upper), scaled(a[1][2], upper));
-    if (row + 8 < rows)
-      *(uint4*)(to + 8 * pair + 8 * (size_t)pitch) =
-          make_uint4(scaled(a[0][1], lower), scaled(a[0][3], lower), scaled(a[1][1], lower), scaled(a[1][3], lower));
+  for (int pair = 0; pair < 2; pair++) unit.fragments(pair, lane, a[pair], table);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float scale = half ? lower : upper;
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++)
+      if (row + 8 * half < rows)
+        store_global(to + 8 * half * (size_t)pitch + 8 * pair,
+                     make_uint4(scaled(a[pair][0][half], scale), scaled(a[pair][0][2 + half], scale),
+                                scaled(a[pair][1][half], scale), scaled(a[pair][1][2 + half], scale)));
   }
 }
 

@@ -29,8 +29,11 @@ DEVICE void clear(Tiles& tiles) {
       for (int i = 0; i < 4; i++) tiles[r][n][i] = 0.f;
 }
 
-// `x` is this lane's place in row lane/4 of the stage's x.
-DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) { return lds128(x + n * 8 * X_PITCH + slab * 128 + pair * 16); }
+// `x` is this lane's place in row lane/4 of the stage's x, 0 where the row does not exist.
+DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) {
+  if (NT == 1 && x == 0) return make_uint4(0, 0, 0, 0);
+  return lds128(x + n * 8 * X_PITCH + slab * 128 + pair * 16);
+}
 
 // SUB slabs of W times x.
 DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
@@ -136,6 +139,13 @@ DEVICE void wait_for_count(const u32* counter, u32 target) {
 DEVICE float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
+DEVICE uint4 as_bits(float4 v) {
+  return make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+}
+DEVICE float4 as_floats(uint4 v) {
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+
 DEVICE float4 bias_of(const Arguments& p, int row) {  // of rows row (x, y) and row + 8 (z, w)
   const float upper = p.bias && row < p.n_rows ? p.bias[row] : 0.f;
   const float lower = p.bias && row + 8 < p.n_rows ? p.bias[row + 8] : 0.f;
@@ -214,16 +224,30 @@ DEVICE void publish_u(const Arguments& p, const Tiles& sum, int warp, int lane) 
   }
 }
 
-// Add all parts of u into this thread block's shared memory; its consumers meet.
-DEVICE void gather_u(const Arguments& p, u32 u_address, u32 launch, int warp, int lane) {
-  const size_t part = (size_t)p.rank_tiles * NT * 32;
-  for (int i = warp; i < p.rank_tiles * NT; i += WARPS) {
-    const int tile = i / NT;
-    wait_for_count(parts_of_a_done(p, tile), (launch + 1) * p.a_splits);
-    const float4* first = p.u_partial + (size_t)i * 32 + lane;
-    float4 sum[1];
-    sum_in_order<1>(first, first + part, part, p.a_splits - 1, sum);
-    sts128(u_address + i * 512 + lane * 16, as_u(sum[0], p.scaling + tile * 16, lane));
+// Add all parts of u into this thread block's shared memory; its consumers meet. Where there are fewer tiles than
+// warps, several warps share a tile's parts, and one adds their sums.
+DEVICE void gather_u(const Arguments& p, u32 u, u32 launch, int warp, int lane) {
+  const int n_tiles = p.rank_tiles * NT, chunks = n_tiles < WARPS ? WARPS / n_tiles : 1;
+  const int parts = (p.a_splits + chunks - 1) / chunks;
+  const size_t stride = (size_t)n_tiles * 32;
+  for (int i = warp; i < n_tiles * chunks; i += WARPS) {
+    const int tile = i % n_tiles, first = i / n_tiles * parts, n = min(parts, p.a_splits - first);
+    const float* scaling = p.scaling + tile / NT * 16;
+    wait_for_count(parts_of_a_done(p, tile / NT), (launch + 1) * p.a_splits);
+    float4 sum[1] = {make_float4(0.f, 0.f, 0.f, 0.f)};
+    const float4* from = p.u_partial + first * stride + tile * 32 + lane;
+    if (n > 0) sum_in_order<1>(from, from + stride, stride, n - 1, sum);
+    if (chunks == 1)
+      sts128(u + i * 512 + lane * 16, as_u(sum[0], scaling, lane));
+    else
+      sts128(u + (n_tiles + i) * 512 + lane * 16, as_bits(sum[0]));
+  }
+  consumers_meet();
+  if (chunks == 1) return;
+  if (warp < n_tiles) {
+    float4 sum = as_floats(lds128(u + (n_tiles + warp) * 512 + lane * 16));
+    for (int c = 1; c < chunks; c++) sum = sum + as_floats(lds128(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
+    sts128(u + warp * 512 + lane * 16, as_u(sum, p.scaling + warp / NT * 16, lane));
   }
   consumers_meet();
 }
@@ -273,16 +297,26 @@ DEVICE void finish_shared(const Arguments& p, int row_block, u32 launch, int war
   }
 }
 
+// What is needed late and is cold then: the bias of this thread block's rows, and the scaling.
+DEVICE void prefetch_small(const Arguments& p, const Stream& stream, int thread) {
+  const int line = thread * 32, row = stream.first_block() * BLOCK_ROWS + line;
+  if (p.bias && row < min(p.n_rows, (stream.last_block() + 1) * BLOCK_ROWS)) prefetch(p.bias + row);
+  if (line < p.rank_tiles * 16) prefetch(p.scaling + line);
+  if (thread == 0) prefetch(p.sharers + stream.first_block()), prefetch(p.first_step + stream.first_block());
+}
+
 // All stages of A, then row block after row block.
 DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int warp, int lane, u32 table) {
+  prefetch_small(p, stream, warp * 32 + lane);
   wait_for_previous_kernel();
   const u32 launch = load_fresh(p.counters + blockIdx.x), u = ring.memory + p.stages * p.stage_bytes;
-  const u32 x_offset = p.weight_bytes + min(lane >> 2, p.x_rows - 1) * X_PITCH + (lane & 3) * 32;
+  const u32 x_offset = p.weight_bytes + (lane >> 2) * X_PITCH + (lane & 3) * 32;
+  const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
   clear(sum);
   for (int i = 0; i < stream.n_a; i++) {
     barrier_wait(ring.full_bar(), ring.phase);
-    multiply_a(p, ring.here(p), ring.here(p) + x_offset, sum, warp, lane);
+    multiply_a(p, ring.here(p), has_row ? ring.here(p) + x_offset : 0, sum, warp, lane);
     ring.release(lane, p.stages);
   }
   if (stream.n_a) {
@@ -297,7 +331,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
       if (k < segment.last) {
-        multiply_w(stage, stage + x_offset, sum, warp, lane, table);
+        multiply_w(stage, has_row ? stage + x_offset : 0, sum, warp, lane, table);
       } else {
         const int step = (k - segment.last) * CHUNK, steps = min(CHUNK, p.block_steps - step);
         multiply_b(stage, u + (p.first_step[row_block] + step) * NT * 512, steps, sum, warp, lane);

@@ -109,6 +109,10 @@ DEVICE u32 load_fresh(const u32* p) {
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void store_global(void* p, uint4 v) {  // 16 bytes, aligned; the compiler splits what it cannot prove
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 DEVICE u32 load_acquire(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -134,6 +138,12 @@ DEVICE u32 pack2(float low, float high) {
 #else
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #endif
+  return v;
+}
+// low | high << 16 for numbers below 2^16, on the multiplier: the pipe for permutations has enough to do.
+DEVICE u32 side_by_side(u32 low, u32 high) {
+  u32 v;
+  asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(v) : "r"(high), "r"(low));
   return v;
 }
 DEVICE float widen(u32 v) {  // of the low 16 bits

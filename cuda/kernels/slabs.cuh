@@ -102,7 +102,8 @@ struct Unit {
     }
   }
 
-  // Bitmap encodings: the four weights of a group, 0 where nothing is kept.
+  // Bitmap encodings: the four weights of a group, 0 where nothing is kept. The loop around it waits for shared memory
+  // and for the integer pipe about equally: fewer, wider loads with more picking were slower (docs/kernels.md).
   DEVICE void kept(int group, int lane, u32& upper, u32& lower) const {
     const int shift = 4 * (lane & 7);
     const u32 word = lds32(start + group * 16 + (lane >> 3) * 4);
@@ -116,11 +117,11 @@ struct Unit {
     const u32 keep = bits * 255u;
     const u32 keep_upper = __byte_perm(keep, 0, 0x1100), keep_lower = __byte_perm(keep, 0, 0x3322);
     if (ENCODING == BITMAP16) {
-      upper = __byte_perm(lds16(v0), lds16(v1), 0x5410) & keep_upper;
-      lower = __byte_perm(lds16(v2), lds16(v3), 0x5410) & keep_lower;
+      upper = side_by_side(lds16(v0), lds16(v1)) & keep_upper;
+      lower = side_by_side(lds16(v2), lds16(v3)) & keep_lower;
     } else {
-      upper = from_sign_magnitude(__byte_perm(lds8(v0), lds8(v1), 0x5410) & keep_upper);
-      lower = from_sign_magnitude(__byte_perm(lds8(v2), lds8(v3), 0x5410) & keep_lower);
+      upper = from_sign_magnitude(side_by_side(lds8(v0), lds8(v1)) & keep_upper);
+      lower = from_sign_magnitude(side_by_side(lds8(v2), lds8(v3)) & keep_lower);
     }
   }
 };
