@@ -6,17 +6,18 @@ Invariant: nothing is compiled and no device is touched at import; binaries are 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parent / "kernels"
 ENCODINGS = {"bitmap16": 0, "bitmap8": 1, "dense16": 2, "dense8": 3, "dense4": 4}
 
-#: file -> functions in it and the architectures it is compiled for; sm_90 was run, others are compiled only
+#: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
 TARGETS: dict[str, tuple[str, ...]] = {
-    "fused_linear.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
-    "lay_out.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
-    "expand.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
+    file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
+    for file in ("fused_linear.cu", "lay_out.cu", "expand.cu", "arrange_x.cu")
 }
 LEAST_CAPABILITY = (8, 0)
 
@@ -36,10 +37,8 @@ def module(file: str, definitions: tuple[tuple[str, int], ...], device: int) -> 
     """Return a compiled module on a device as a cupy.RawModule."""
     import cupy
 
-    with cupy.cuda.Device(device):
-        compiled = cupy.RawModule(code=source(file), options=options(definitions), name_expressions=None)
-        compiled.compile()
-    return compiled
+    with cupy.cuda.Device(device) as here:
+        return cupy.RawModule(path=str(_cached(file, definitions, architecture(here.compute_capability))))
 
 
 @functools.cache
@@ -54,6 +53,11 @@ def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], dev
     return int(found.kernel.ptr)
 
 
+def architecture(capability: str) -> str:
+    """Return what to compile for on a device: sm_90a, which has asynchronous products, instead of sm_90."""
+    return "sm_90a" if capability == "90" else f"sm_{capability}"
+
+
 def cubin(file: str, definitions: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """Compile for an architecture that need not be here; nothing is loaded.
 
@@ -62,6 +66,25 @@ def cubin(file: str, definitions: tuple[tuple[str, int], ...], architecture: str
     """
     from cupy.cuda.compiler import _NVRTCProgram
 
-    program = _NVRTCProgram(source(file), file)
-    code, _ = program.compile((*options(definitions), f"-arch={architecture}"))
+    code, _ = _NVRTCProgram(source(file), file).compile((*options(definitions), f"-arch={architecture}"))
     return bytes(code)
+
+
+def _cached(file: str, definitions: tuple[tuple[str, int], ...], architecture: str) -> Path:
+    """Return a binary on disk, compiled unless one of the same sources, options and compiler is there."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    folder = os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache"
+    facts = repr((_headers(), source(file), definitions, architecture, nvrtc.getVersion()))
+    path = Path(folder) / f"salr-{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(cubin(file, definitions, architecture))
+        partial.replace(path)
+    return path
+
+
+@functools.cache
+def _headers() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.cuh")))

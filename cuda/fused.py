@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -32,26 +32,35 @@ _BLOCKS_PER_SM = 1
 
 @dataclass(frozen=True)
 class Tile:
-    """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage."""
+    """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage.
+
+    ASYNC: asynchronous products (sm_90a), x arranged for them by a launch before.
+    """
 
     NT: int
     WARPS: int
     SUB: int
     MIN_BLOCKS: int
+    ASYNC: int = 0
 
     def rows(self, batch: int) -> int:
         """Return how many rows of x a stage gets room for: few, where that leaves room for one more stage."""
         return _FEW_ROWS if batch <= _FEW_ROWS else 8 * self.NT
 
+    def x_bytes(self, rows: int) -> int:
+        """Return the shared memory of x in a stage."""
+        return rows * self.SUB * 128 if self.ASYNC else rows * (self.SUB * 128 + 16)
 
-TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 2), Tile(4, 8, 1, 2), Tile(8, 8, 1, 1))
+
+TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 8, 2, 1), Tile(8, 8, 2, 1))
+ASYNC_TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 16, 2, 1, 1), Tile(8, 16, 2, 1, 1))
 #: sums before and after scales take registers twice, so that a warp owns fewer rows
 QUANTIZED_TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 1), Tile(4, 16, 1, 1), Tile(8, 16, 1, 1))
 
 
-def tile_for(batch: int, encoding: str) -> Tile:
+def tile_for(batch: int, encoding: str, capability: tuple[int, int]) -> Tile:
     """Return the tile for a number of rows of x."""
-    tiles = TILES if encoding.endswith("16") else QUANTIZED_TILES
+    tiles = (ASYNC_TILES if capability == (9, 0) else TILES) if encoding.endswith("16") else QUANTIZED_TILES
     return next(tile for tile in tiles if batch <= 8 * tile.NT)
 
 
@@ -111,6 +120,7 @@ class FusedProduct:
     ) -> None:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
+        self._capability = torch.cuda.get_device_capability(self.device)
         n_tiles = adapters.n_tiles if adapters else 0
         groups = rank_groups or [(0, 0, n_tiles)]
         self._block_steps = max(tiles for _, _, tiles in groups)
@@ -119,28 +129,34 @@ class FusedProduct:
             steps[first_block:] = first_tile
         self._first_step = torch.from_numpy(steps).to(self.device)
         self._plans: dict[tuple[Tile, int], _Plan] = {}
-        self._launches: dict[tuple[Tile, int, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
+        self._launches: dict[
+            tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]
+        ] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
         batch = x.shape[0]
-        tile = tile_for(batch, self.weight.encoding)
+        tile = tile_for(batch, self.weight.encoding, self._capability)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)
         if found is None:
             found = self._launches[key] = self._launch(*key)
-        arguments, launch, _ = found
+        arguments, launch, arrange, _ = found
         arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
+        if arrange is not None:
+            arguments.x = arrange(x, stream)
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(stream)
         return out
 
-    def _launch(self, tile: Tile, x_rows: int, stream: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
+    def _launch(
+        self, tile: Tile, x_rows: int, stream: int
+    ) -> tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]:
         plan = self._plans.get((tile, x_rows))
         if plan is None:
             plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
-        workspace = _workspace(self.device, stream, plan.partial_floats, plan.u_partial_floats)
+        workspace = _workspace(self.device, stream, "partial", plan.partial_floats, plan.u_partial_floats)
         counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=self.device)
         weight, adapters = self.weight, self.adapters
         arguments = _Arguments(
@@ -160,7 +176,11 @@ class FusedProduct:
             plan.function, (plan.n_blocks, 1, 1), plan.n_threads, plan.stages * plan.stage_bytes + plan.u_bytes,
             [arguments],
         )  # fmt: skip
-        return arguments, launch, (counters, *workspace)
+        arrange = None
+        if tile.ASYNC:
+            (arranged,) = _workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
+            arrange = Arrangement(arranged, weight, 8 * tile.NT)
+        return arguments, launch, arrange, (counters, *workspace)
 
     def _plan(self, tile: Tile, x_rows: int) -> _Plan:
         weight = self.weight
@@ -180,7 +200,7 @@ class FusedProduct:
             tile.SUB * weight.largest_slab_bytes, tile.SUB * n_tiles * 2048, min(self._block_steps, chunk) * 8192
         )
         weight_bytes = -(-int(largest) // 128) * 128
-        stage_bytes = -(-(weight_bytes + x_rows * (tile.SUB * 128 + 16)) // 128) * 128
+        stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         pairs = n_tiles * tile.NT
         u_bytes = 512 * (pairs + (tile.WARPS // pairs * pairs if 0 < pairs < tile.WARPS else 0))
         other_bytes = _RESERVED_BYTES + u_bytes + (_TABLE_BYTES if weight.encoding == "dense4" else 0)
@@ -189,9 +209,7 @@ class FusedProduct:
         n_blocks = min(_BLOCKS_PER_SM * properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
-        options = definitions(
-            weight.encoding, weight.dtype, NT=tile.NT, WARPS=tile.WARPS, SUB=tile.SUB, MIN_BLOCKS=tile.MIN_BLOCKS
-        )
+        options = definitions(weight.encoding, weight.dtype, **asdict(tile))
         return _Plan(
             function=function("fused_linear.cu", "fused_linear", options, index),
             n_blocks=n_blocks,
@@ -222,15 +240,33 @@ def _stages(stage_bytes: int, other_bytes: int, min_blocks: int, properties: Any
     return int(min(stages, _MOST_STAGES))
 
 
+class Arrangement:
+    """The launch that puts x in the order of asynchronous products."""
+
+    def __init__(self, arranged: torch.Tensor, weight: SlabWeight, n_rows: int) -> None:
+        self._arranged = arranged
+        self._x, self._batch = ctypes.c_void_p(), ctypes.c_int()
+        sizes = (n_rows, weight.n_slabs, weight.padded_columns)
+        arguments = [self._x, ctypes.c_void_p(arranged.data_ptr()), self._batch, *map(ctypes.c_int, sizes)]
+        handle = function("arrange_x.cu", "arrange_x", (), arranged.device.index)
+        self._launch = Launch(handle, (-(-weight.n_slabs * 8 * n_rows // 256), 1, 1), 256, 0, arguments)
+
+    def __call__(self, x: torch.Tensor, stream: int) -> int:
+        """Arrange x (M, K padded) and return where it lies."""
+        self._x.value, self._batch.value = x.data_ptr(), x.shape[0]
+        self._launch(stream)
+        return self._arranged.data_ptr()
+
+
 @functools.cache
-def _streams(device: torch.device) -> dict[int, list[torch.Tensor]]:
+def _known_workspaces(device: torch.device) -> dict[tuple[int, str], list[torch.Tensor]]:
     return {}
 
 
-def _workspace(device: torch.device, stream: int, *n_words: int) -> tuple[torch.Tensor, ...]:
-    """Return two float32 buffers of a stream that all its products share, at least as large as asked."""
-    known = _streams(device).setdefault(stream, [torch.empty(0, device=device)] * 2)
-    for i, wanted in enumerate(n_words):
+def _workspace(device: torch.device, stream: int, use: str, *n_floats: int) -> tuple[torch.Tensor, ...]:
+    """Return float32 buffers of a stream that all its products share, at least as large as asked."""
+    known = _known_workspaces(device).setdefault((stream, use), [torch.empty(0, device=device)] * len(n_floats))
+    for i, wanted in enumerate(n_floats):
         if known[i].numel() < wanted:
             known[i] = torch.empty(wanted, dtype=torch.float32, device=device)
     return tuple(known)

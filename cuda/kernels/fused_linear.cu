@@ -9,6 +9,9 @@
 // every time. Warps publish on their own. Counters only ever grow (modulo 2^32), and `launches` of a thread block says
 // what to wait for; all thread blocks are resident, and none waits with work of its own left that others wait for.
 #include "stream.cuh"
+#if ASYNC
+#include "wgmma.cuh"
+#endif
 
 #ifndef MIN_BLOCKS
 #define MIN_BLOCKS 2  // thread blocks an SM: the next launch becomes resident and prefetches while this one runs
@@ -31,10 +34,40 @@ DEVICE void clear(Tiles& tiles) {
 
 // `x` is this lane's place in row lane/4 of the stage's x, 0 where the row does not exist.
 DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) {
+#if ASYNC
+  x += (slab * 8 + 4 * pair) * CHUNK_BYTES + n * 128;
+  return make_uint4(lds32(x), lds32(x + CHUNK_BYTES), lds32(x + 2 * CHUNK_BYTES), lds32(x + 3 * CHUNK_BYTES));
+#endif
   if (NT == 1 && x == 0) return make_uint4(0, 0, 0, 0);
   return lds128(x + n * 8 * X_PITCH + slab * 128 + pair * 16);
 }
 
+#if ASYNC
+// SUB slabs of W times x, the stage's x beginning at `x`: while one pair of steps is multiplied, the next is decoded.
+DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
+  u32 a[2][2][4];
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 2 * SUB; i++) {
+    const int slab = i / 2, pair = i % 2;
+    if (pair == 0) {
+      if (slab) slab_address += 16 * lds16(slab_address);
+      unit.open(slab_address + 16 * (warp ? lds16(slab_address + 2 * warp) : 2), lane);
+    }
+    unit.fragments(pair, lane, a[pair], table);
+    wgmma_fence();
+    const u32 step = x + (slab * 8 + 4 * pair) * CHUNK_BYTES;
+    wgmma(total[0], a[pair][0], x_descriptor(step));
+    wgmma(total[0], a[pair][1], x_descriptor(step + 2 * CHUNK_BYTES));
+    wgmma_commit();
+    if (i + 1 < 2 * SUB)
+      wgmma_wait<1>();
+    else
+      wgmma_wait<0>();
+  }
+  wgmma_done(total[0]);
+}
+#else
 // SUB slabs of W times x.
 DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
 #pragma unroll
@@ -79,6 +112,7 @@ DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane
     slab_address += 16 * lds16(slab_address);
   }
 }
+#endif
 
 // SUB * 64 columns of A times x: warp w takes rank tiles w*RT ...
 DEVICE void multiply_a(const Arguments& p, u32 a_address, u32 x, Tiles& sum, int warp, int lane) {
@@ -310,7 +344,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
   prefetch_small(p, stream, warp * 32 + lane);
   wait_for_previous_kernel();
   const u32 launch = load_fresh(p.counters + blockIdx.x), u = ring.memory + p.stages * p.stage_bytes;
-  const u32 x_offset = p.weight_bytes + (lane >> 2) * X_PITCH + (lane & 3) * 32;
+  const u32 x_offset = p.weight_bytes + (ASYNC ? lane * 4 : (lane >> 2) * X_PITCH + (lane & 3) * 32);
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
   clear(sum);
@@ -331,7 +365,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
       if (k < segment.last) {
-        multiply_w(stage, has_row ? stage + x_offset : 0, sum, warp, lane, table);
+        multiply_w(stage, ASYNC ? stage + p.weight_bytes : has_row ? stage + x_offset : 0, sum, warp, lane, table);
       } else {
         const int step = (k - segment.last) * CHUNK, steps = min(CHUNK, p.block_steps - step);
         multiply_b(stage, u + (p.first_step[row_block] + step) * NT * 512, steps, sum, warp, lane);

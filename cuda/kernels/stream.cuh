@@ -16,11 +16,15 @@
 #ifndef SUB
 #define SUB 2  // slabs a stage
 #endif
+#ifndef ASYNC
+#define ASYNC 0  // asynchronous products (sm_90a): x comes arranged, one copy a stage
+#endif
 #define MAX_STAGES 16
 
 constexpr int CHUNK = 2 * SUB;                   // 16-rank steps of B a stage
 constexpr int X_BYTES = SUB * SLAB_COLUMNS * 2;  // of one row of x in a stage
 constexpr int X_PITCH = X_BYTES + 16;            // keeps eight lanes' 16-byte loads off each other's banks
+constexpr int X_ARRANGED_BYTES = X_BYTES * 8 * NT;
 constexpr int STEP_BYTES = 512;                  // one 16 x 16 fragment of 16-bit weights
 constexpr int A_TILE_BYTES = 4 * STEP_BYTES;     // 16 rows x 64 columns
 
@@ -34,7 +38,7 @@ struct Arguments {
   const int2* sharers;      // [row blocks] first and last thread block
   const int* first_step;    // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;        // [N] or null
-  const u8* x;              // [M, K] 16-bit
+  const u8* x;              // [M, K] 16-bit; where ASYNC, as arrange_x leaves it
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
   float4* partial;          // [grid][2][16 units][NT][32 lanes]
   float4* u_partial;        // [a_splits][rank_tiles][NT][32 lanes]
@@ -146,7 +150,8 @@ struct Walk {
 DEVICE void copy_weights(const Arguments& p, const Ring& ring, const Item& item, int lane) {
 #if HAS_BULK_COPIES
   if (lane == 0) {
-    barrier_expect(ring.full_bar(), item.bytes + (item.column < 0 ? 0 : p.batch * X_BYTES));
+    const u32 x_bytes = ASYNC ? X_ARRANGED_BYTES : p.batch * X_BYTES;
+    barrier_expect(ring.full_bar(), item.bytes + (item.column < 0 ? 0 : x_bytes));
     bulk_copy(ring.here(p), item.weights, item.bytes, ring.full_bar());
   }
 #else
@@ -157,8 +162,10 @@ DEVICE void copy_weights(const Arguments& p, const Ring& ring, const Item& item,
 DEVICE void copy_x(const Arguments& p, const Ring& ring, int column, int lane) {
   const u32 to = ring.here(p) + p.weight_bytes;
   if (column >= 0) {
-    const u8* from = p.x + (size_t)column * 2;
-#if HAS_BULK_COPIES
+    const u8* from = p.x + (size_t)column * 2 * (ASYNC ? 8 * NT : 1);
+#if ASYNC
+    if (lane == 0) bulk_copy(to, from, X_ARRANGED_BYTES, ring.full_bar());
+#elif HAS_BULK_COPIES
     __syncwarp();
     for (int m = lane; m < p.batch; m += 32)
       bulk_copy(to + m * X_PITCH, from + (size_t)m * p.n_columns * 2, X_BYTES, ring.full_bar());
