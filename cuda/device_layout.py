@@ -95,11 +95,13 @@ def reason_not_slabs(weight: Weight, dtype: torch.dtype) -> str | None:
 
 
 def slab_encoding(weight: Weight) -> str:
-    """Return how a weight is laid out: 4-bit values without a bitmap, a removed weight being the code of 0."""
-    if weight.encoding == "nf4":
-        return "dense4"
-    kind = "dense" if weight.bitmap is None else "bitmap"
-    return kind + ("8" if weight.encoding == "int8" else "16")
+    """Return how a weight is laid out: quantized values without a bitmap, a removed weight being the code of 0.
+
+    Reading a byte for a weight that is 0 takes less time than finding out that it is.
+    """
+    if weight.scales is not None:
+        return "dense4" if weight.encoding == "nf4" else "dense8"
+    return "dense16" if weight.bitmap is None else "bitmap16"
 
 
 class _Source(ctypes.Structure):

@@ -55,7 +55,7 @@ class Tile:
 TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 8, 2, 1), Tile(8, 8, 2, 1))
 ASYNC_TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 16, 2, 1, 1), Tile(8, 16, 2, 1, 1))
 #: sums before and after scales take registers twice, so that a warp owns fewer rows
-QUANTIZED_TILES = (Tile(1, 16, 2, 2), Tile(2, 16, 2, 1), Tile(4, 16, 1, 1), Tile(8, 16, 1, 1))
+QUANTIZED_TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 16, 1, 1), Tile(8, 16, 1, 1))
 
 
 def tile_for(batch: int, encoding: str, capability: tuple[int, int]) -> Tile:

@@ -279,8 +279,8 @@ DEVICE void gather_u(const Arguments& p, u32 u, u32 launch, int warp, int lane) 
   consumers_meet();
   if (chunks == 1) return;
   if (warp < n_tiles) {
-    float4 sum = as_floats(lds128(u + (n_tiles + warp) * 512 + lane * 16));
-    for (int c = 1; c < chunks; c++) sum = sum + as_floats(lds128(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
+    float4 sum = as_floats(lds128_now(u + (n_tiles + warp) * 512 + lane * 16));
+    for (int c = 1; c < chunks; c++) sum = sum + as_floats(lds128_now(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
     sts128(u + warp * 512 + lane * 16, as_u(sum, p.scaling + warp / NT * 16, lane));
   }
   consumers_meet();
