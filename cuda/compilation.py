@@ -17,6 +17,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "fused_linear.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
     "lay_out.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
     "expand.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
+    "add_norm.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
+    "rotary.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
+    "gated.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
+    "attend.cu": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"),
 }
 LEAST_CAPABILITY = (8, 0)
 
@@ -62,6 +66,6 @@ def cubin(file: str, definitions: tuple[tuple[str, int], ...], architecture: str
     """
     from cupy.cuda.compiler import _NVRTCProgram
 
-    program = _NVRTCProgram(source(file), file)
+    program = _NVRTCProgram(source(file), file, method="cubin")
     code, _ = program.compile((*options(definitions), f"-arch={architecture}"))
     return bytes(code)
