@@ -82,18 +82,15 @@ def attend(
 
 
 def attend_prompt(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, first_slot: int, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """Return the attention (M, heads D) among a prompt's own rows, which fill the cache from slot 0 on.
-
-    ``starts`` (S,) is None where no sequence is padded, so that no mask is needed.
-    """
+    """Return the attention (M, heads D) among prompts' own rows, which fill the cache from ``first_slot`` on."""
     rows = q.shape[0] // k.shape[0]
-    k, v = k[:, :, :rows], v[:, :, :rows]
-    if starts is None and (window is None or rows <= window):
+    k, v = (cache[:, :, first_slot : first_slot + rows] for cache in (k, v))
+    if window is None or rows <= window:
         return _attention(q, k, v, None, scale, is_causal=True)
     zeros = torch.zeros(k.shape[0], dtype=torch.int32, device=q.device)
-    return attend(q, k, v, zeros, zeros if starts is None else starts, window, scale)
+    return attend(q, k, v, zeros, zeros, window, scale)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool) -> Tensor:
