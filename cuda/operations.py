@@ -58,7 +58,7 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     rows, n_columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, n_columns)
     arguments = [_pointer(gate_up), _pointer(y), ctypes.c_int(n_columns)]
-    _launch("gated", gate_up, {}, (-(-n_columns // 2048), rows, 1), 256, arguments)
+    _launch("gated", gate_up, {}, (rows, -(-n_columns // 2048), 1), 256, arguments)
     return y
 
 

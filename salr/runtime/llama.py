@@ -14,6 +14,7 @@ import torch
 
 from . import backends, layer_operations
 from .decoder import Decoder, DecoderLayer, Product
+from .experts import packed_modules
 from .linear import SalrLinear
 
 Tensor = torch.Tensor
@@ -39,7 +40,27 @@ def reason_not_read(model: Any) -> str | None:
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "weights on several devices"
     odd = [name for name, module in model.named_modules() if _is_odd(name, module)]
-    return f"{odd[0]} is no plain linear layer" if odd else None
+    return f"{odd[0]} is no plain linear layer" if odd else _reason_without_kernels(model)
+
+
+def _reason_without_kernels(model: Any) -> str | None:
+    """Return why a model on a device that has kernels cannot use them: a captured step needs them."""
+    device = model.device
+    if device.type not in _OPERATIONS:
+        return None
+    if operations_for(device, *_sizes(model), model.model.embed_tokens.weight.dtype) is layer_operations:
+        return f"dtype, sizes or a machine without kernels for {device.type}"
+    for name in {module.backend for _, module in packed_modules(model)}:
+        if backends.backend_for(device.type, name).stack is None:
+            return f"backend {name or backends.choose(device.type)}"
+    return None
+
+
+def _sizes(model: Any) -> tuple[int, int, int, int]:
+    """Return hidden and intermediate size, columns of a head, query heads a key head."""
+    config = model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    return config.hidden_size, config.intermediate_size, model.model.layers[0].self_attn.head_dim, group
 
 
 def _is_odd(name: str, module: torch.nn.Module) -> bool:
@@ -53,9 +74,6 @@ def _is_odd(name: str, module: torch.nn.Module) -> bool:
 def read_model(model: Any) -> Decoder:
     """Return a model's ``Decoder``, which shares its weights; packed products are made ready and stacked."""
     config, inner = model.config, model.model
-    first = inner.layers[0].self_attn
-    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-    sizes = config.hidden_size, config.intermediate_size, first.head_dim, n_heads // n_kv_heads
     device, dtype = inner.embed_tokens.weight.device, inner.embed_tokens.weight.dtype
     return Decoder(
         embedding=inner.embed_tokens.weight,
@@ -63,11 +81,11 @@ def read_model(model: Any) -> Decoder:
         norm=inner.norm.weight,
         head=joined([model.lm_head], dtype, device),
         epsilon=inner.norm.variance_epsilon,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_columns=first.head_dim,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        head_columns=inner.layers[0].self_attn.head_dim,
         tables=lambda n: _tables(inner, n),
-        operations=operations_for(device, *sizes, dtype),
+        operations=operations_for(device, *_sizes(model), dtype),
     )
 
 
