@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -279,13 +279,13 @@ def load_seconds(n_layers: int, device: torch.device) -> dict[str, float]:
     import transformers
     from large_shape import write_llama8b
 
-    options = salr.ConvertOptions(salr.ModuleOptions(0.5, RANK), method="magnitude")
+    options = salr.ConvertOptions(salr.ModuleOptions(0.5, RANK), method="magnitude", device=str(device))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         dense.mkdir()
         write_llama8b(dense, n_layers)
-        salr.convert(dense, Path(folder) / "m.salr", replace(options))
+        salr.convert(dense, Path(folder) / "m.salr", options)
         loaders: dict[str, Callable[[], Any]] = {
             "dense": lambda: transformers.AutoModelForCausalLM.from_pretrained(dense, dtype="auto").to(device),
             "salr": lambda: salr.load(Path(folder) / "m.salr", device=device),
