@@ -1,6 +1,6 @@
 """Compiling the kernels: CuPy's NVRTC, once for each device, kernel and set of definitions.
 
-Invariant: nothing is compiled and no device is touched at import; binaries are cached on disk by CuPy.
+Invariant: nothing is compiled and no device touched at import; a binary on disk is named by all that it was made from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ ENCODINGS = {"bitmap16": 0, "bitmap8": 1, "dense16": 2, "dense8": 3, "dense4": 4
 #: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
 TARGETS: dict[str, tuple[str, ...]] = {
     file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
-    for file in ("fused_linear.cu", "lay_out.cu", "expand.cu", "arrange_x.cu")
+    for file in (
+        "fused_linear.cu",
+        "arrange_x.cu",
+        "lay_out.cu",
+        "expand.cu",
+        "add_norm.cu",
+        "rotary.cu",
+        "gated.cu",
+        "attend.cu",
+    )
 }
 LEAST_CAPABILITY = (8, 0)
 
@@ -66,7 +75,8 @@ def cubin(file: str, definitions: tuple[tuple[str, int], ...], architecture: str
     """
     from cupy.cuda.compiler import _NVRTCProgram
 
-    code, _ = _NVRTCProgram(source(file), file).compile((*options(definitions), f"-arch={architecture}"))
+    program = _NVRTCProgram(source(file), file, method="cubin")
+    code, _ = program.compile((*options(definitions), f"-arch={architecture}"))
     return bytes(code)
 
 

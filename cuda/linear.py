@@ -7,6 +7,8 @@ Invariant: few rows of x go through the fused kernel, many through expanded part
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +16,9 @@ from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
 from .fused import LARGEST_BATCH, FusedProduct
+from .layouts import remember, slabs_of
 from .low_rank import LARGEST_RANK, LowRank, fragments
+from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
 #: up to here, rows go through the fused kernel 64 at a time; measured, docs/kernels.md
 CROSSOVER = 256
@@ -23,8 +27,10 @@ CROSSOVER = 256
 class PreparedProduct:
     """One weight with its adapters and bias, laid out for products in one dtype."""
 
-    def __init__(self, weight: Weight, adapters: LowRank | None, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self.weight: SlabWeight = lay_out(weight, dtype)
+    def __init__(
+        self, weight: Weight | SlabWeight, adapters: LowRank | None, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.weight: SlabWeight = weight if isinstance(weight, SlabWeight) else lay_out(weight, dtype)
         small = adapters is None or adapters.lora_A.shape[0] <= LARGEST_RANK
         order = None if adapters is None or not small else fragments(adapters, dtype)
         wide_bias = None if bias is None else bias.float().contiguous()
@@ -61,3 +67,79 @@ def reason_unusable() -> str | None:
 def takes(weight: Weight, dtype: torch.dtype) -> str | None:
     """Return why a weight cannot be multiplied here in ``dtype``, None where it can."""
     return reason_not_slabs(weight, dtype)
+
+
+#: the packed tensors may stay in host memory: only their layout is needed on the GPU
+KEEPS_PACKED_ON_HOST = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix whose products are made ready for each device and dtype when they are first asked for."""
+
+    weight: Weight
+    adapters: LowRank | None
+    bias: torch.Tensor | None
+    _products: dict[tuple[torch.device, torch.dtype], PreparedProduct]
+
+    def product(self, device: torch.device, dtype: torch.dtype) -> PreparedProduct:
+        """Return the product for x on a device in a dtype."""
+        found = self._products.get((device, dtype))
+        if found is None:
+            layer = _layer(self.weight, self.adapters, self.bias, dtype, device)
+            found = PreparedProduct(layer.weight, layer.adapters, layer.bias, dtype)
+            self._products[device, dtype] = found
+        return found
+
+
+def prepare(weight: Weight, adapters: LowRank | None, bias: torch.Tensor | None) -> Prepared:
+    """Return a matrix for ``apply``; nothing is laid out before the first x comes."""
+    return Prepared(weight, adapters, bias, {})
+
+
+def apply(prepared: Prepared, x: torch.Tensor) -> torch.Tensor:
+    """Return x W^T + adapters + bias (M, N) in x's dtype for x (M, K), contiguous."""
+    return prepared.product(x.device, x.dtype)(x)
+
+
+def linear(
+    x: torch.Tensor, weight: Weight, adapters: LowRank | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x W^T + adapters + bias (M, N) in x's dtype for x (M, K); the weight is laid out once."""
+    return apply(prepare(weight, adapters, bias), x.contiguous())
+
+
+@torch.no_grad()
+def stack(
+    weights: Sequence[Weight],
+    adapters: Sequence[LowRank | None],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return the product of x (M, K) with all weights, (M, N_0 + N_1 + ...), or None where they cannot be stacked.
+
+    Each weight's own products use its part of the stacked layout from then on.
+    """
+    if any(takes(weight, dtype) for weight in weights):
+        return None
+    layers = [
+        _layer(weight, own, bias, dtype, device) for weight, own, bias in zip(weights, adapters, biases, strict=True)
+    ]
+    if reason_not_stacked(layers):
+        return None
+    stacked = stack_slabs([layer.weight for layer in layers])
+    parts = split_slabs(stacked, [layer.weight.n_rows for layer in layers])
+    for weight, part in zip(weights, parts, strict=True):
+        remember(weight, part)
+    layers = [Layer(part, layer.adapters, layer.bias) for part, layer in zip(parts, layers, strict=True)]
+    return StackedProduct(layers, stacked, CROSSOVER)
+
+
+def _layer(
+    weight: Weight, adapters: LowRank | None, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Layer:
+    """Return a matrix laid out on a device, with its adapters and bias there."""
+    if adapters is not None:
+        adapters = Ranks(adapters.lora_A.to(device), adapters.lora_B.to(device), adapters.scaling.to(device))
+    return Layer(slabs_of(weight, dtype, device), adapters, None if bias is None else bias.detach().to(device))

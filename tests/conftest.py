@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fuzz: many mutated files; runs where SALR_FUZZ=1")
+    config.addinivalue_line("markers", "gpu: runs where torch finds a CUDA device and CuPy is installed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("fuzz"):
                 item.add_marker(pytest.mark.skip(reason="set SALR_FUZZ=1 for 20,000 mutated files"))
+    if any(item.get_closest_marker("gpu") for item in items):
+        reason = _reason_without_gpu()
+        for item in items:
+            if reason is not None and item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _reason_without_gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None if importlib.util.find_spec("cupy") else "CuPy is not installed"
 
 
 @dataclass

@@ -3,13 +3,16 @@
 Invariant: a backend is imported when it is first asked for, and whatever keeps it from being used becomes a sentence,
 never an exception of another library. Each is a module with ``linear`` (signature of ``reference.linear``); where it
 needs more than torch, ``reason_unusable() -> str | None``; where a matrix can be made ready once, ``prepare`` and
-``apply``.
+``apply``; where it cannot take every matrix, ``takes(weight, dtype) -> str | None`` with the reason against; where one
+launch can serve several matrices, ``stack``; where it needs no packed tensors on its device once a product is made
+ready, ``KEEPS_PACKED_ON_HOST``.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from . import reference
 from .errors import BackendError
 from .packed import Adapters, PackedWeight
 
@@ -37,6 +41,9 @@ class Linear(Protocol):
         """Return x W^T + adapters + bias."""
 
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Backend:
     """A usable backend; ``prepare`` and ``apply`` split its ``linear`` into what is done once and at each call."""
@@ -45,14 +52,36 @@ class Backend:
     linear: Linear
     prepare: Callable[[PackedWeight, Adapters | None, torch.Tensor | None], Any] | None = None
     apply: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    takes: Callable[[PackedWeight, torch.dtype], str | None] | None = None
+    stack: Callable[..., Product | None] | None = None
+    keeps_packed_on_host: bool = False
 
     def product(
-        self, weight: PackedWeight, adapters: Adapters | None, bias: torch.Tensor | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the product with one matrix, for many calls: x (M, K), contiguous -> y (M, N)."""
+        self,
+        weight: PackedWeight,
+        adapters: Adapters | None,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Product:
+        """Return the product with one matrix, for many calls: x (M, K), contiguous -> y (M, N).
+
+        x will be on ``device`` in ``dtype``. What the backend does not take, the reference computes, with a warning.
+        """
+        refused = self.takes is not None and self._refuses(weight, dtype)
+        if (refused or not self.keeps_packed_on_host) and weight.values.device != device:
+            weight, adapters = weight.to(device), None if adapters is None else adapters.to(device)
+        if refused:
+            return lambda x: reference.linear(x, weight, adapters, bias)
         if self.prepare is None or self.apply is None:
             return lambda x: self.linear(x, weight, adapters, bias)
         return functools.partial(self.apply, self.prepare(weight, adapters, bias))
+
+    def _refuses(self, weight: PackedWeight, dtype: torch.dtype) -> bool:
+        reason = None if self.takes is None else self.takes(weight, dtype)
+        if reason is not None:
+            _warn(f"backend {self.name!r} does not take {reason}; the reference computes, slowly")
+        return reason is not None
 
 
 def reason_unusable(name: str) -> str | None:
@@ -73,8 +102,16 @@ def usable(name: str) -> Backend:
     module, reason = _found(name)
     if module is None or reason is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {reason}", fix="see `salr doctor`")
-    prepare, apply = getattr(module, "prepare", None), getattr(module, "apply", None)
-    return Backend(name, module.linear, prepare, apply)
+    optional = {member: getattr(module, member, None) for member in ("prepare", "apply", "takes", "stack")}
+    return Backend(name, module.linear, **optional, keeps_packed_on_host=getattr(module, "KEEPS_PACKED_ON_HOST", False))
+
+
+def keeps_packed_on_host(device_type: str, name: str | None = None) -> bool:
+    """Tell whether packed tensors may stay in host memory for products on a kind of device."""
+    try:
+        return backend_for(device_type, name).keeps_packed_on_host
+    except BackendError:
+        return False  # the product will tell it
 
 
 @functools.cache
@@ -94,6 +131,12 @@ def choose(device_type: str) -> str:
         usable(wanted)
         return wanted
     return next(name for name in ORDER.get(device_type, ANYWHERE) if reason_unusable(name) is None)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Warn, once for each message."""
+    warnings.warn(message, stacklevel=2)
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def _measure_model(
 def backend_of(model: torch.nn.Module) -> str:
     """Return the backend that computes a model's packed layers, "torch" where it has none."""
     for _, module in packed_modules(model):
-        return module.backend or backends.choose(module.values.device.type)
+        return module.backend or backends.choose(module.compute_device.type)
     return "torch"
 
 

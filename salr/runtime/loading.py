@@ -7,6 +7,7 @@ file's memory map, packed, unless they go to another device; every weight of the
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from ..formats.container import TensorSpec
 from ..formats.errors import OptionError, SalrError
 from ..formats.reader import SalrFile
-from . import backends, memory
+from . import backends, graph_decoding, memory
 from .errors import LoadError
 from .experts import packed_modules
 from .layout import buffer_name
+from .linear import SalrLinear
 from .mapped import decoded, mapped_tensor
 from .quiet import quiet_transformers
 from .skeleton import Skeleton, plan_skeleton
@@ -70,7 +72,37 @@ def load(
     for _, module in packed_modules(model):
         module.backend = backend
     model.name_or_path = model.config.name_or_path = str(path)
-    return model if device_map is not None else model.to(target)
+    model.generate = types.MethodType(graph_decoding.generate, model)
+    if device_map is None:
+        model.to(target)
+    else:
+        _keep_on_host(file, model, skeleton)
+    _make_ready(model)
+    return model
+
+
+def _keep_on_host(file: SalrFile, model: Any, skeleton: Skeleton) -> None:
+    """Give back the device's copies of packed tensors where the backend lays them out anyway."""
+    for name, home in skeleton.homes.items():
+        module = model.get_submodule(home)
+        device = module.compute_device
+        is_offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if device.type in ("cpu", "meta") or is_offloaded:
+            continue
+        if backends.keeps_packed_on_host(device.type, module.backend):
+            tensors = skeleton.layouts[name].tensors
+            module.keep_on_host({buffer_name(t.name): mapped_tensor(file, f"{name}.{t.name}") for t in tensors})
+
+
+def _make_ready(model: Any) -> None:
+    """Lay the weights out now where a backend keeps a layout of its own, so that no first call has to."""
+    packed = [module for _, module in packed_modules(model) if isinstance(module, SalrLinear)]
+    laid_out = [m for m in packed if m.compute_device != m.values.device]
+    if not laid_out or graph_decoding.decoder_of(model) is not None:
+        return
+    with torch.no_grad():
+        for module in laid_out:
+            module(torch.zeros(1, module.in_features, dtype=module.compute_dtype, device=module.compute_device))
 
 
 def load_tokenizer(path: str | Path) -> Any:

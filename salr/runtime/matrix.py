@@ -24,17 +24,24 @@ class Matrix:
 
     weight: PackedWeight
     adapters: Adapters | None
-    _products: dict[tuple[str, str | None], _Product] = field(default_factory=dict, compare=False)
+    _products: dict[tuple[torch.device, torch.dtype | None, str | None], _Product] = field(
+        default_factory=dict, compare=False
+    )
 
     def product(
-        self, device_type: str, bias: torch.Tensor | None, backend: str | None
+        self, device: torch.device, dtype: torch.dtype, bias: torch.Tensor | None, backend: str | None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return x (M, K) -> y (M, N), made ready at the first call and again where the bias has changed."""
+        """Return x (M, K) -> y (M, N) for x on a device in a dtype.
+
+        It is made ready at the first call, and again where the bias has changed.
+        """
+        chosen = backend_for(device.type, backend)
+        key = device, None if chosen.takes is None else dtype, backend
         version = None if bias is None else bias._version
-        found = self._products.get((device_type, backend))
+        found = self._products.get(key)
         if found is None or found.bias is not bias or found.version != version:
-            run = backend_for(device_type, backend).product(self.weight, self.adapters, bias)
-            found = self._products[device_type, backend] = _Product(run, bias, version)
+            run = chosen.product(self.weight, self.adapters, bias, device, dtype)
+            found = self._products[key] = _Product(run, bias, version)
         return found.run
 
 

@@ -80,6 +80,10 @@ class Adapters:
     lora_B: torch.Tensor
     scaling: torch.Tensor
 
+    def to(self, device: torch.device | str) -> Adapters:
+        """Return the same adapters on another device."""
+        return Adapters(self.lora_A.to(device), self.lora_B.to(device), self.scaling.to(device))
+
 
 def _as_torch(array: Array) -> torch.Tensor:
     """Share an array's memory with torch, read-only or not; no backend writes to a weight."""

@@ -2,7 +2,8 @@
 
 Invariant: buffers have the file's dtypes and bytes, whatever ``.to(dtype)`` is asked for, and its names but for factors
 (see ``layout``); what kernels need beside them (float32 scales, adapters concatenated along the rank) is derived when
-first used and again when a buffer or the choice of adapters changes. One float adapter is used where it lies.
+first used and again when a buffer or the choice of adapters changes. One float adapter is used where it lies. Buffers
+stay in host memory, mapped from the file, where the backend of the module's device keeps a layout of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from ..formats.manifest import RESIDUAL, ModuleEntry
+from . import backends
 from .errors import LoadError
 from .layout import TORCH_DTYPES, ModuleLayout, buffer_name
 from .matrix import Matrix, concatenated, expert_adapters, split
@@ -50,6 +52,8 @@ class PackedModule(torch.nn.Module):
         self.compute_dtype = TORCH_DTYPES[layout.entry.dtype]
         self._active = {adapter.name: 1.0 for adapter in layout.entry.adapters}
         self._derived: tuple[torch.Tensor | None, list[Matrix]] | None = None
+        #: where x is expected while the buffers stay in host memory; None where they follow the module
+        self._placed: torch.device | None = None
         for name in _PLAIN:
             self.register_buffer(name, None)
         for spec in layout.tensors:
@@ -81,12 +85,17 @@ class PackedModule(torch.nn.Module):
         return self.entry.shape[-2]
 
     @property
+    def compute_device(self) -> torch.device:
+        """Where x is expected."""
+        return self.values.device if self._placed is None else self._placed
+
+    @property
     def weight(self) -> torch.Tensor:
         """A placeholder ([E,] N, K) for code that asks a layer for its weight's shape, dtype or device.
 
         It is one NaN seen through strides of 0, so that to compute with it shows at once; no write to it is kept.
         """
-        nan = torch.full((), torch.nan, dtype=self.compute_dtype, device=self.values.device)
+        nan = torch.full((), torch.nan, dtype=self.compute_dtype, device=self.compute_device)
         placeholder = nan.expand(self.entry.shape)
         placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
         return placeholder
@@ -153,16 +162,34 @@ class PackedModule(torch.nn.Module):
     def _is_int8(self, adapter: str) -> bool:
         return self._factor("factor_A", adapter).dtype == torch.int8
 
+    def keep_on_host(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace buffers by equal ones in host memory, by name; x is expected where they were."""
+        self._placed = self.compute_device
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner)._buffers[leaf] = tensor
+        self._derived = None
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
-        """Move the packed tensors with ``fn``, and keep their dtypes; everything else follows ``fn``."""
+        """Move the packed tensors with ``fn`` where they have to be, and keep their dtypes; the rest follows ``fn``."""
         packed = {id(tensor) for tensor in self.buffers()}
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.compute_device))
+        stays = (
+            self.values.device.type == "cpu"
+            and probe.device.type != "cpu"
+            and backends.keeps_packed_on_host(probe.device.type, self.backend)
+        )
 
         def keeping(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in packed:
+                return fn(tensor)
+            if stays and tensor.device.type == "cpu":
+                return tensor
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
 
-        self._derived = None
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.values.device)).dtype
+        self._derived, self._placed = None, probe.device if stays else None
+        self.compute_dtype = probe.dtype
         super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
         return self
 

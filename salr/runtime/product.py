@@ -28,7 +28,7 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None =
     rows = _rows(x, matrix.weight)
     if not rows.numel():
         return x.new_zeros((*x.shape[:-1], matrix.weight.n_rows))
-    return matrix.product(x.device.type, bias, backend)(rows).view(*x.shape[:-1], matrix.weight.n_rows)
+    return matrix.product(x.device, x.dtype, bias, backend)(rows).view(*x.shape[:-1], matrix.weight.n_rows)
 
 
 def traced(
@@ -73,8 +73,10 @@ def _linear(
     rows, shape = _rows(x, weight), (*x.shape[:-1], n_rows)
     if not rows.numel():
         return x.new_zeros(shape)
-    product = backend_for(x.device.type, backend).linear
-    return product(rows, weight, _adapters(lora_A, lora_B, scaling), None).view(shape)
+    chosen, adapters = backend_for(x.device.type, backend), _adapters(lora_A, lora_B, scaling)
+    if chosen.takes is None and weight.values.device == x.device:
+        return chosen.linear(rows, weight, adapters, None).view(shape)
+    return chosen.product(weight, adapters, None, x.device, x.dtype)(rows).view(shape)
 
 
 @_linear.register_fake
@@ -106,9 +108,10 @@ def _input_gradient(
         n_rows, n_columns, nnz, encoding, pattern, values, bitmap, _signed(row_offsets), _wide(scales), group_size
     )
     wide = gradient.reshape(-1, n_rows).float()
-    result = wide @ reference.dense(weight)
+    result = wide @ reference.dense(weight.to(gradient.device))
     adapters = _adapters(lora_A, lora_B, scaling)
     if adapters is not None:
+        adapters = adapters.to(gradient.device)
         result += ((wide @ adapters.lora_B.float()) * adapters.scaling) @ adapters.lora_A.float()
     return result.to(gradient.dtype).view(*gradient.shape[:-1], n_columns)
 
