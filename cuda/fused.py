@@ -43,6 +43,11 @@ class Tile:
     MIN_BLOCKS: int
     ASYNC: int = 0
 
+    @property
+    def definitions(self) -> tuple[tuple[str, int], ...]:
+        """What the kernel is compiled with."""
+        return tuple(asdict(self).items())
+
     def rows(self, batch: int) -> int:
         """Return how many rows of x a stage gets room for: few, where that leaves room for one more stage."""
         return _FEW_ROWS if batch <= _FEW_ROWS else 8 * self.NT
@@ -209,7 +214,7 @@ class FusedProduct:
         n_blocks = min(_BLOCKS_PER_SM * properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
-        options = definitions(weight.encoding, weight.dtype, **asdict(tile))
+        options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))
         return _Plan(
             function=function("fused_linear.cu", "fused_linear", options, index),
             n_blocks=n_blocks,

@@ -1,0 +1,49 @@
+"""Every kernel compiles for every architecture it is meant for; no GPU is needed, and nothing is loaded."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("cupy", reason="CuPy is not installed")
+
+from salr.cuda import compilation
+from salr.cuda.fused import ASYNC_TILES, QUANTIZED_TILES, TILES
+
+ELF = b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("file", "architecture"), [(file, target) for file, targets in compilation.TARGETS.items() for target in targets]
+)
+def test_a_kernel_compiles_for_its_targets(file, architecture):
+    assert compilation.cubin(file, (), architecture).startswith(ELF)
+
+
+@pytest.mark.parametrize("encoding", compilation.ENCODINGS)
+def test_the_fused_kernel_compiles_in_every_shape_that_is_launched_on_hopper(encoding):
+    from salr.cuda.device_layout import definitions
+
+    tiles = ASYNC_TILES if encoding.endswith("16") else QUANTIZED_TILES
+    for tile, half in itertools.product(tiles, (0, 1)):
+        chosen = (*definitions(encoding, torch.bfloat16), ("HALF", half), *tile.definitions)
+        assert compilation.cubin("fused_linear.cu", tuple(dict(chosen).items()), "sm_90a").startswith(ELF)
+
+
+def test_the_fused_kernel_compiles_in_every_shape_for_older_gpus():
+    for tile in TILES:
+        assert compilation.cubin("fused_linear.cu", tile.definitions, "sm_80").startswith(ELF)
+
+
+def test_every_kernel_file_has_its_targets():
+    assert set(compilation.TARGETS) == {path.name for path in compilation.KERNELS.glob("*.cu")}
+
+
+def test_a_kernel_that_does_not_compile_says_where(monkeypatch):
+    from cupy.cuda.compiler import CompileException
+
+    monkeypatch.setattr(compilation, "source", lambda file: "no such type x;")
+    with pytest.raises(CompileException, match="identifier"):
+        compilation.cubin("fused_linear.cu", (), "sm_90")

@@ -1,0 +1,172 @@
+"""The products on packed weights: every layout, tile and path on a GPU, against the reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from salr.runtime import reference
+from salr.runtime.packed import Adapters, PackedWeight
+from salr.runtime.packing import pack
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(512, 256), (1000, 712), (576, 576), (192, 576), (1, 8), (300, 100), (4096, 4096)]
+BATCHES = [1, 2, 5, 8, 9, 16, 17, 32, 33, 64]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def weight(n_rows, n_columns, sparsity=0.5, encoding="bf16", group_size=128, kept=None):
+    dense = torch.randn(n_rows, n_columns, device="cuda") * 0.02
+    kept = torch.rand_like(dense) >= sparsity if kept is None else kept
+    packed = pack(dense, kept, encoding, group_size)
+    return packed if sparsity else dataclasses.replace(packed, bitmap=None, row_offsets=None)
+
+
+def adapters(n_rows, n_columns, rank, dtype=torch.bfloat16):
+    lora_a, lora_b = torch.randn(rank, n_columns, device="cuda"), torch.randn(n_rows, rank, device="cuda")
+    return Adapters((lora_a * 0.02).to(dtype), (lora_b * 0.02).to(dtype), torch.rand(rank, device="cuda") + 0.5)
+
+
+def exact(x: torch.Tensor, packed: PackedWeight, low_rank: Adapters | None, bias, dtype=torch.bfloat16) -> torch.Tensor:
+    """Return the product in float64, of weights as a 16-bit model holds them."""
+    dense = reference.dense(packed)
+    if packed.scales is None:
+        dense = dense.to(dtype)
+    elif packed.encoding == "nf4":  # the code book is rounded to 16 bits, scales are not
+        scales = packed.scales.repeat_interleave(packed.group_size, 1)[:, : packed.n_columns]
+        unit = torch.where(scales > 0, dense / scales, 0.0).to(dtype).float()
+        dense = unit * scales
+    y = x.double() @ dense.double().T
+    if low_rank is not None:
+        y += ((x.double() @ low_rank.lora_A.double().T) * low_rank.scaling.double()) @ low_rank.lora_B.double().T
+    return y if bias is None else y + bias.double()
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def fused(packed, low_rank, bias, dtype):
+    from salr.cuda.device_layout import lay_out
+    from salr.cuda.fused import FusedProduct
+    from salr.cuda.low_rank import fragments
+
+    return FusedProduct(lay_out(packed, dtype), low_rank and fragments(low_rank, dtype), bias)
+
+
+def check_fused(packed, rank, batch, dtype=torch.bfloat16, tolerance=5e-5):
+    """Hold float32 and 16-bit outputs, both poisoned before, against float64."""
+    low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
+    bias = torch.randn(packed.n_rows, device="cuda")
+    x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
+    product = fused(packed, low_rank, bias, dtype)
+    wide = torch.nn.functional.pad(x, (0, product.weight.padded_columns - packed.n_columns))
+    expected = exact(x, packed, low_rank, bias, dtype)
+    for out_dtype, limit in ((torch.float32, tolerance), (dtype, 5e-3)):
+        out = torch.full((batch, packed.n_rows), torch.nan, device="cuda", dtype=out_dtype)
+        assert error(product(wide, out), expected) < limit
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch):
+    check_fused(weight(*shape), 24, batch)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("batch", [1, 16, 40])
+def test_every_encoding_and_sparsity_is_multiplied(sparsity, encoding, batch):
+    check_fused(weight(1000, 712, sparsity, encoding), 16, batch, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("batch", [3, 16, 64])
+def test_float16_activations_are_multiplied(encoding, batch):
+    check_fused(weight(640, 512, 0.5, encoding, 64), 24, batch, torch.float16, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, 16, 64, 80, 144, 256])
+@pytest.mark.parametrize("batch", [1, 33])
+def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
+    check_fused(weight(2048, 1024), rank, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_rows_and_units_with_nothing_or_everything_kept(batch):
+    kept = torch.rand(700, 1024, device="cuda") > 0.5
+    kept[5], kept[6], kept[16:32], kept[300:600, :512] = False, True, False, True
+    check_fused(weight(700, 1024, kept=kept), 16, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16, 64])
+def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
+    low_rank, bias = adapters(4096, 4096, 64), torch.randn(4096, device="cuda")
+    product = fused(weight(4096, 4096), low_rank, bias, torch.bfloat16)
+    x = torch.randn(batch, 4096, device="cuda").bfloat16()
+    out = torch.empty(batch, 4096, device="cuda", dtype=torch.bfloat16)
+    first = product(x, out).clone()
+    for _ in range(100):
+        out.fill_(torch.nan)
+        assert torch.equal(product(x, out), first)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("batch", [65, 128, 300])
+def test_many_rows_are_multiplied(encoding, batch):
+    from salr.cuda.linear import linear
+
+    packed, low_rank = weight(1500, 1000, 0.5, encoding), adapters(1500, 1000, 20)
+    x, bias = torch.randn(batch, 1000, device="cuda").bfloat16(), torch.randn(1500, device="cuda")
+    assert error(linear(x, packed, low_rank, bias), exact(x, packed, low_rank, bias)) < 6e-3
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+def test_expansion_is_bit_equal_to_the_reference(encoding):
+    from salr.cuda.device_layout import lay_out
+    from salr.cuda.expanded import expand
+
+    packed = weight(700, 1000, 0.5, encoding)
+    slabs = lay_out(packed, torch.bfloat16)
+    dense = torch.full((700, slabs.padded_columns), torch.nan, device="cuda", dtype=torch.bfloat16)
+    expand(slabs, dense, 0, torch.cuda.current_stream().cuda_stream)
+    expected = reference.dense(packed)
+    if encoding == "bf16":
+        assert torch.equal(dense[:, :1000], expected.bfloat16())
+    else:
+        assert torch.allclose(dense[:, :1000].float(), expected, rtol=2**-7, atol=0)
+    assert not dense[:, 1000:].any()
+
+
+def test_products_are_captured_and_run_on_several_streams():
+    low_rank = adapters(1024, 1024, 16)
+    products = [fused(weight(1024, 1024), low_rank, None, torch.bfloat16) for _ in range(2)]
+    x, y = (torch.randn(4, 1024, device="cuda").bfloat16() for _ in range(2))
+    expected = products[1](products[0](x, torch.empty_like(x)), torch.empty_like(x)).clone()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    middle = torch.empty_like(x)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        products[1](products[0](x, middle), y)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(8):
+            products[1](products[0](x, middle), y)
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+def test_bfloat16_weights_take_at_most_1_15_bytes():
+    from salr.cuda.device_layout import lay_out
+
+    packed = weight(4096, 4096)
+    assert lay_out(packed, torch.bfloat16).n_bytes / (4096 * 4096) < 1.15
