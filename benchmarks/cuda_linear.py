@@ -4,10 +4,10 @@
         [--autotune 4096x4096,...]
 
 Dense is torch.nn.functional.linear in bfloat16, and for the shapes of --autotune also torch.compile's max-autotune; the
-fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights, more
-than the L2 cache holds; a figure is the median of the replays, in brackets the fastest and the slowest. "norms between"
-is the same chain with a residual add and RMSNorm after each layer (ours: a kernel that keeps the chain of dependent
-launches; dense: torch.compile's fused kernel), as in a model. int4: torch's own _weight_int4pack_mm, another accuracy class.
+fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights,
+more than the L2 cache holds; a figure is the median of the replays, in brackets the fastest and the slowest. "norms
+between" is the same chain with a residual add and RMSNorm after each layer (ours: a kernel that keeps the chain of
+dependent launches; dense: torch.compile's fused kernel), as in a model.
 """
 
 from __future__ import annotations
