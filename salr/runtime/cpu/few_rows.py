@@ -14,10 +14,11 @@ import torch
 from . import team
 from .decoding import WORD
 from .job import SLOT, address, new_job
-from .kernels import Matrix, Product, in_pairs, product_text, rows_together
+from .kernels import Product, product_text, rows_together
 from .machine import address_of
 from .paths import CodePath
 from .prepared import LowRank, Operand, Prepared
+from .rows import Matrix, in_pairs
 
 COMPILED_ROWS = (1, 2, 3, 4, 6, 8)  # other numbers are filled up with zeros
 PART_BYTES = 1 << 17

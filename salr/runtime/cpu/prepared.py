@@ -14,7 +14,7 @@ import torch
 
 from ..packed import Adapters, PackedWeight
 from .decoding import WORD
-from .kernels import Matrix
+from .rows import Matrix
 
 RANK_MULTIPLE = 16
 _FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
