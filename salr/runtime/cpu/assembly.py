@@ -108,11 +108,11 @@ class Assembly:
                 pair = turned[i], turned[i | step]
                 even = [n + (j ^ step) if j & step else j for j in range(n)]
                 odd = [n + j if j & step else j | step for j in range(n)]
-                turned[i], turned[i | step] = (self._mixed(kind, pair, order) for order in (even, odd))
+                turned[i], turned[i | step] = (self.mixed(kind, pair, order) for order in (even, odd))
             step *= 2
         return turned
 
-    def _mixed(self, kind: str, pair: tuple[str, str], lanes: Sequence[int]) -> str:
+    def mixed(self, kind: str, pair: tuple[str, str], lanes: Sequence[int]) -> str:
         """Return the named lanes of two vectors of ``kind``."""
         order = ", ".join(f"i32 {lane}" for lane in lanes)
         return self.let(f"shufflevector {kind} {pair[0]}, {kind} {pair[1]}, <{len(lanes)} x i32> <{order}>")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .assembly import Assembly, Variable
-from .decoding import WORD, Source, decode_bf16_pairs, decoder
+from .decoding import WORD, Source, decode_bf16_pairs, decode_int8_pairs, decoder
 from .parts import claimed_rows, field, n_words, pointer, run_first
 from .paths import CodePath
-from .rows import Matrix, in_pairs, row_source, scaled, scales_of, store_word, word_bits
+from .rows import Matrix, in_pairs, in_scaled_pairs, row_source, scaled, scales_of, store_word, word_bits
 
 MAX_ACCUMULATORS = 16
 
@@ -70,12 +70,20 @@ def _product_of_rows(code: Assembly, path: CodePath, matrix: Matrix, product: Pr
         for _ in range(product.n_inputs)
     ]
     sources = [row_source(code, matrix, row) for row in rows]
-    with code.loop(0, n_words(code)) as word:
-        bits = word_bits(code, matrix, rows, word)
-        if product.n_inputs == 1 and matrix.scale_of == "word":
-            _scaled_dot(code, path, matrix, (rows[0], word), (bits[0], sources[0]), sums[0][0][0])
-        else:
-            _product_of_word(code, path, matrix, product, (rows, word), bits, sources, sums)
+    if in_scaled_pairs(matrix, product.x_type):
+        n_together = matrix.words_scaled_together
+        whole = code.let(f"and i64 {n_words(code)}, {-n_together}")
+        with code.loop(0, whole, n_together) as word:
+            _product_in_scaled_pairs(code, path, matrix, product, (rows, word), n_together, sources, sums)
+        with code.loop(whole, n_words(code)) as word:
+            _product_in_scaled_pairs(code, path, matrix, product, (rows, word), 1, sources, sums)
+    else:
+        with code.loop(0, n_words(code)) as word:
+            bits = word_bits(code, matrix, rows, word)
+            if product.n_inputs == 1 and matrix.words_scaled_together:
+                _scaled_dot(code, path, matrix, (rows[0], word), (bits[0], sources[0]), sums[0][0][0])
+            else:
+                _product_of_word(code, path, matrix, product, (rows, word), bits, sources, sums)
     for r, row in enumerate(rows):
         _finish_row(code, path, product, row, [_added(code, chains[r]) for chains in sums])
 
@@ -103,6 +111,36 @@ def _product_of_word(
             x = code.at(base, m * WORD * x_bytes + step * step_bytes)
             for r, weight in enumerate(weights):
                 code.accumulate(chains[r][step % len(chains[r])], weight, x, path.lanes, pairs)
+
+
+def _product_in_scaled_pairs(
+    code: Assembly,
+    path: CodePath,
+    matrix: Matrix,
+    product: Product,
+    place: tuple[list[str], str],
+    n_together: int,
+    sources: list[Source],
+    sums: list[list[list[Variable]]],
+) -> None:
+    """Add the products of some words that share a scale: whole numbers first, then their sum times the scale."""
+    rows, word = place
+    kind, word_bytes = f"<{path.lanes} x float>", WORD * 2
+    weights: list[list[str]] = [[] for _ in rows]
+    for i in range(n_together):
+        for row, mask, source in zip(weights, word_bits(code, matrix, rows, code.add(word, i)), sources, strict=True):
+            row += decode_int8_pairs(code, mask, source)
+    scales = [scales_of(code, path, matrix, (row, word))[0] for row in rows]
+    base = code.at(pointer(code, "x"), code.multiply(word, word_bytes * product.n_inputs))
+    for m, chains in enumerate(sums):
+        parts = [code.variable(kind, "zeroinitializer") for _ in rows]
+        for step, pair in enumerate(zip(*weights, strict=True)):
+            at = code.at(base, (step // 2 * product.n_inputs + m) * word_bytes + step % 2 * 64)
+            for part, weight in zip(parts, pair, strict=True):
+                code.accumulate(part, weight, at, path.lanes, True)
+        for part, scale, chain in zip(parts, scales, chains, strict=True):
+            arguments = f"{kind} {code.get(part)}", f"{kind} {scale}", f"{kind} {code.get(chain[0])}"
+            code.set(chain[0], code.call(f"llvm.fma.v{path.lanes}f32", kind, *arguments))
 
 
 def _scaled_dot(

@@ -65,6 +65,6 @@ def description() -> str:
 
 
 def _most_rows_by_passes(path: CodePath, layer: Prepared, x: torch.Tensor) -> int:
-    if multiplies_pairs(path, layer, x):
+    if layer.operand.matrix.encoding == "bf16" and multiplies_pairs(path, layer, x):
         return MOST_PASSES_ROWS["pairs"]
     return MOST_PASSES_ROWS["rounded" if path.has_bf16_products and x.dtype == torch.bfloat16 else "float"]

@@ -18,17 +18,27 @@ from .paths import CodePath
 class Matrix:
     """How a kernel's matrix is stored: encoding, whether it has a bitmap, and what one scale is for.
 
-    ``scale_of`` is "" (no scales), "word" (64 columns share one) or "column".
+    ``scale_of`` is "" (no scales), "two words" (128 columns from a multiple of 128 on share one), "word" or "column".
     """
 
     encoding: str
     has_bitmap: bool
     scale_of: str = ""
 
+    @property
+    def words_scaled_together(self) -> int:
+        """Return how many words share a scale for certain, 0 if not even the columns of one do."""
+        return {"two words": 2, "word": 1}.get(self.scale_of, 0)
+
 
 def in_pairs(matrix: Matrix, other_type: str) -> bool:
     """Tell whether bfloat16 weights meet bfloat16 x or output, and so are never widened."""
     return matrix.encoding == "bf16" and other_type == "bf16"
+
+
+def in_scaled_pairs(matrix: Matrix, x_type: str) -> bool:
+    """Tell whether whole numbers, which bfloat16 holds exactly, meet bfloat16 x and their sums are scaled."""
+    return matrix.encoding == "int8" and matrix.words_scaled_together > 0 and x_type == "bf16"
 
 
 def row_source(code: Assembly, matrix: Matrix, row: str) -> Source:
@@ -61,7 +71,7 @@ def scales_of(code: Assembly, path: CodePath, matrix: Matrix, place: tuple[str, 
     lanes = path.lanes
     scales = code.at(pointer(code, "scales"), code.multiply(row, code.multiply(field(code, "n_groups"), 4)))
     index = pointer(code, "group_index")
-    if matrix.scale_of == "word":
+    if matrix.words_scaled_together:
         group = code.let(f"zext i32 {code.load('i32', code.at(index, code.multiply(word, 4)), 4)} to i64")
         return [code.splat("float", lanes, code.load("float", code.at(scales, code.multiply(group, 4)), 4))]
     gathered = []
