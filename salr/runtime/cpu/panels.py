@@ -24,6 +24,7 @@ from .prepared import Operand, Prepared
 from .rows import Matrix
 
 MOST_INPUTS = 512  # rows of x at once: more would only need more memory
+MOST_PANEL_BYTES = 6 << 20  # of x at once: every thread reads all of it again and again from the last-level cache
 MOST_VECTORS = 4
 _own = threading.local()
 
@@ -50,9 +51,10 @@ def many_rows(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) 
     y = torch.empty(x.shape[0], layer.n_rows, dtype=torch.bfloat16)
     spare = -x.shape[1] % WORD
     x = torch.nn.functional.pad(x.detach(), (0, spare)) if spare else x.detach().contiguous()
-    for first in range(0, x.shape[0], MOST_INPUTS):
-        rows = slice(first, first + MOST_INPUTS)
-        _run(_plan_for(path, layer, x.shape[0], n_threads), x[rows], y[rows])
+    step = _most_inputs(x.shape[1])
+    plan = _plan_for(path, layer, min(x.shape[0], step), n_threads)
+    for first in range(0, x.shape[0], step):
+        _run(plan, x[first : first + step], y[first : first + step])
     return y
 
 
@@ -80,9 +82,15 @@ def _run(plan: Plan, x: torch.Tensor, y: torch.Tensor) -> None:
     team.run(plan.kernel, address(jobs[-1]), plan.n_threads)
 
 
+def _most_inputs(n_columns: int) -> int:
+    """Return how many rows of x are multiplied at once: whole panels of any shape, as fits MOST_PANEL_BYTES."""
+    fits = MOST_PANEL_BYTES // (2 * n_columns) // (LANES * MOST_VECTORS)
+    return min(MOST_INPUTS, max(1, fits) * LANES * MOST_VECTORS)
+
+
 def _plan_for(path: CodePath, layer: Prepared, n_inputs: int, n_threads: int) -> Plan:
     """Return the plan with the widest panel among those that add the fewest rows to x."""
-    n_vectors = -(-min(n_inputs, MOST_INPUTS) // LANES)
+    n_vectors = -(-n_inputs // LANES)
     width = min(range(1, MOST_VECTORS + 1), key=lambda n: (-(-n_vectors // n) * n, -n))
     key = path, "panels", width, n_threads
     plan: Plan | None = layer.plans.get(key)

@@ -54,6 +54,13 @@ def test_any_number_of_rows_of_x_gives_the_product(n_inputs, make_weight):
     assert_product(y, x, weight, adapters, bias)
 
 
+def test_x_of_many_columns_is_multiplied_some_rows_at_a_time(make_weight, monkeypatch):
+    monkeypatch.setattr(panels, "MOST_PANEL_BYTES", 1)  # the least: 64 rows
+    weight, adapters = make_weight(9, 130, "bf16"), adapters_of(9, 130, 8)
+    x = torch.randn(150, 130).bfloat16()
+    assert_product(panels.many_rows(PATH, cpu.prepare(weight, adapters), x, 2), x, weight, adapters)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_rows_go_on_where_the_block_of_columns_before_ended(encoding, make_weight):
     n_columns = BLOCK_WORDS * 64 * 2 + 70
