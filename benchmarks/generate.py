@@ -4,8 +4,9 @@
     python benchmarks/generate.py --file FILE.salr --dense DIR     # a real model and where its time goes
 
 Each variant runs in a process of its own (same machine, same tokens, same steps), in turn, ``--rounds`` times; the best
-median counts, because other load only ever slows down. Memory is what loading and running added to a process that had
-imported salr, torch and the model class: anonymous memory and mapped pages of the file apart.
+median counts, because other load only ever slows down. Memory is counted twice: what loading and running added to a
+process that had imported salr, torch and the model class (anonymous memory and mapped pages of the file apart), and all
+resident memory beyond a process that had only imported salr, with what importing torch and transformers took of it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SHAPE = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -38,6 +40,7 @@ RANK = 64
 
 def write_random(path: Path, shape: dict[str, Any]) -> None:
     """Write a .salr file of random kept weights at 50 %, rank 64: speed depends on the shape only."""
+    import numpy as np
     from salr.formats.container import TensorSpec
     from salr.formats.dtypes import from_float32
     from salr.formats.manifest import AdapterEntry, Manifest, ModuleEntry
@@ -80,6 +83,7 @@ def write_random(path: Path, shape: dict[str, Any]) -> None:
 
 def write_mask(writer: Any, name: str, entry: Any, noise: np.ndarray, rng: np.random.Generator) -> None:
     """Write half of each row, at random places, and values for them."""
+    import numpy as np
     from salr.formats.bitmap import pack_bitmap, row_offsets
     from salr.formats.values import pad_values
 
@@ -117,14 +121,19 @@ def kept(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Load one variant, measure it, and return the figures."""
+    import salr
+
+    resident_bytes = {"salr": all_resident()}
     import torch
+
+    resident_bytes["torch"] = all_resident()
     import transformers
 
-    import salr
     from salr.runtime.benchmark import BenchOptions, measure
 
     torch.set_num_threads(arguments.threads)
     assert transformers.LlamaForCausalLM and salr.load  # what every variant needs is imported before memory is noted
+    resident_bytes["transformers"] = all_resident()
     before = resident(arguments.file)
     start = time.perf_counter()
     model = load_variant(variant, arguments)
@@ -132,9 +141,10 @@ def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     load_seconds, start = time.perf_counter() - start, time.perf_counter()
     measure(model, 1, replace(options, new_tokens=1))
     first_seconds, after = time.perf_counter() - start, resident(arguments.file)
+    resident_bytes["run"] = all_resident()
     speed = measure(model, 1, options)
     found = {"variant": variant, "load_seconds": load_seconds, "first_call_seconds": first_seconds} | asdict(speed)
-    found |= {f"{kind}_bytes": after[kind] - before[kind] for kind in after}
+    found |= {f"{kind}_bytes": after[kind] - before[kind] for kind in after} | {"resident_bytes": resident_bytes}
     return found | (breakdown(model, arguments.new_tokens) if variant == "packed" or arguments.dense else {})
 
 
@@ -160,6 +170,12 @@ def load_variant(variant: str, arguments: argparse.Namespace) -> Any:
         rotary = model.model.rotary_emb
         rotary.inv_freq = 1 / SHAPE["rope_theta"] ** (torch.arange(0, SHAPE["head_dim"], 2) / SHAPE["head_dim"])
     return model
+
+
+def all_resident() -> int:
+    """Return all memory of this process that is in RAM, libraries' code and mapped files included, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
 def resident(path: Path) -> dict[str, int]:
@@ -262,14 +278,22 @@ def show(found: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     print(f"{arguments.file.name}: {file_bytes / 1e6:.0f} MB; batch 1, {arguments.threads} threads, torch "
           f"{torch.__version__}, transformers {transformers.__version__}, {arguments.rounds} rounds")  # fmt: skip
     print("variant   tokens/s  ms/token  in linears  calls only  anonymous  mapped file  first call  load average")
-    for variant in arguments.variants.split(","):
-        best = max((f for f in found if f["variant"] == variant), key=lambda f: f["tokens_per_second"])
+    variants = arguments.variants.split(",")
+    bests = [max((f for f in found if f["variant"] == v), key=lambda f: f["tokens_per_second"]) for v in variants]
+    for best in bests:
         linear, call = (f"{best[key]:.2f} ms" if key in best else "" for key in ("linear_ms", "call_ms"))
         print(
-            f"{variant:8}{best['tokens_per_second']:10.2f}{1e3 / best['tokens_per_second']:10.1f}{linear:>12}{call:>12}"
+            f"{best['variant']:8}{best['tokens_per_second']:10.2f}{1e3 / best['tokens_per_second']:10.1f}"
+            f"{linear:>12}{call:>12}"
             f"{best['anonymous_bytes'] / 1e6:8.0f} MB{best['mapped_bytes'] / 1e6:10.0f} MB"
             f"{best['first_call_seconds']:10.1f} s{best['load_average']:12.1f}"
         )
+    print("MB resident beyond a process that only imported salr:")
+    for best in bests:
+        size = best["resident_bytes"]
+        torch_mb, both_mb, run_mb = ((size[key] - size["salr"]) / 1e6 for key in ("torch", "transformers", "run"))
+        print(f"{best['variant']:8}{run_mb:8.0f}, of which import torch {torch_mb:.0f}, transformers "
+              f"{both_mb - torch_mb:.0f}, load and run {run_mb - both_mb:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

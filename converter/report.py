@@ -12,6 +12,8 @@ from ..formats import naming
 from ..formats.manifest import RESIDUAL, ModuleEntry
 from ..formats.reader import SalrFile
 
+NO_BOUND = "the bound is for the mask and the residual; it says nothing about rounding values to int8 or nf4"
+
 
 @dataclass(frozen=True)
 class SizeReport:
@@ -62,11 +64,15 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Squared errors over all packed modules as shares of |W0|^2, weighted by energy."""
+    """Squared errors over all packed modules as shares of |W0|^2, weighted by energy.
+
+    ``bound`` is None where some modules have none, and ``no_bound_because`` says why.
+    """
 
     mask: float
     residual: float
-    bound: float
+    bound: float | None
+    no_bound_because: str | None
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,20 @@ def error_report(modules: Mapping[str, ModuleEntry]) -> ErrorReport:
     """Average the modules' errors, weighted by |W0|^2."""
     energy = sum(entry.error.energy for entry in modules.values()) or 1.0
     errors = [entry.error for entry in modules.values()]
+    bounds = [bound_of(entry) for entry in modules.values()]
+    known = [bound * e.energy for bound, e in zip(bounds, errors, strict=True) if bound is not None]
+    complete = len(known) == len(errors)
     return ErrorReport(
         mask=sum(e.mask * e.energy for e in errors) / energy,
         residual=sum(e.residual * e.energy for e in errors) / energy,
-        bound=sum(e.bound * e.energy for e in errors) / energy,
+        bound=sum(known) / energy if complete else None,
+        no_bound_because=None if complete else NO_BOUND,
     )
+
+
+def bound_of(entry: ModuleEntry) -> float | None:
+    """Return the theorem's bound on what a module's residual leaves, None where its values are rounded to codes."""
+    return None if entry.group_size is not None else entry.error.bound
 
 
 def worst_modules(modules: Mapping[str, ModuleEntry], count: int = 2) -> list[tuple[str, float]]:

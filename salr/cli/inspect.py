@@ -111,7 +111,7 @@ def comparison_lines(numbers: Headline) -> dict[str, str]:
         "kept dense": mb(numbers.kept_bytes),
         "error, mask": f"{100 * numbers.error_mask:.2f} %",
         "error, with residual": f"{100 * numbers.error_residual:.2f} %",
-        "bound": f"{100 * numbers.error_bound:.2f} %",
+        "bound": "" if numbers.error_bound is None else f"{100 * numbers.error_bound:.2f} %",
         "output error, median": "" if numbers.error_output is None else f"{100 * numbers.error_output:.2f} %",
     }
 
@@ -138,15 +138,15 @@ def summary_lines(file: SalrFile) -> list[str]:
         f"header, manifest, gaps  {mb(sizes.overhead_bytes)}   assets {mb(sizes.asset_bytes)}",
         f"total                   {mb(sizes.source_bytes)} -> {mb(sizes.file_bytes)}   "
         f"{sizes.file_bytes / sizes.source_bytes:.2f}x",
-        f"error (share of |W|^2)  {_errors(file, error)}",
+        f"error (share of |W|^2)  {_errors(error)}",
         f"worst modules           {worst}",
     ]
 
 
-def _errors(file: SalrFile, error: ErrorReport) -> str:
-    """Return the errors in words; the theorem's bound says nothing about rounding to int8 or nf4."""
+def _errors(error: ErrorReport) -> str:
+    """Return the errors in words."""
     mask, remaining = console.percent(error.mask), console.percent(error.residual)
-    if any(entry.group_size is not None for entry in file.modules.values()):
+    if error.bound is None:
         return f"mask {mask} -> with residual and rounded values {remaining}"
     return f"mask {mask} -> with residual {remaining}   bound {console.percent(error.bound)}"
 
@@ -170,10 +170,13 @@ def adapter_lines(file: SalrFile) -> list[str]:
 
 def show_modules(file: SalrFile) -> None:
     """Print a table with one row a packed module."""
+    from ..converter.report import bound_of
+
     table = Table("module", "shape", "removed", "pattern", "values", "rank", box=None, pad_edge=False)
     for title in ("mask error", "with residual", "bound"):
         table.add_column(title, justify="right")
     for name, entry in file.modules.items():
+        shares = entry.error.mask, entry.error.residual, bound_of(entry)
         table.add_row(
             name,
             "x".join(map(str, entry.shape)),
@@ -181,16 +184,19 @@ def show_modules(file: SalrFile) -> None:
             entry.pattern,
             entry.encoding,
             "+".join(str(adapter.rank) for adapter in entry.adapters) or "0",
-            *(f"{100 * share:.2f} %" for share in (entry.error.mask, entry.error.residual, entry.error.bound)),
+            *("" if share is None else f"{100 * share:.2f} %" for share in shares),
         )
     console.out.print(table)
 
 
 def file_as_json(file: SalrFile) -> dict[str, Any]:
     """Return everything the text shows, and the modules, as JSON values."""
-    from ..converter.report import error_report, size_report
+    from ..converter.report import bound_of, error_report, size_report
 
     sizes = size_report(file)
+    modules = {name: asdict(entry) for name, entry in file.modules.items()}
+    for name, entry in file.modules.items():
+        modules[name]["error"]["bound"] = bound_of(entry)
     return {
         "path": str(file.path),
         "generator": file.manifest.generator,
@@ -199,7 +205,7 @@ def file_as_json(file: SalrFile) -> dict[str, Any]:
         "environment": file.manifest.environment,
         "sizes": {**asdict(sizes), "bits_per_weight": sizes.bits_per_weight, "packed_bytes": sizes.packed_bytes},
         "error": asdict(error_report(file.modules)),
-        "modules": {name: asdict(entry) for name, entry in file.modules.items()},
+        "modules": modules,
         "assets": file.assets,
         "dense_tensors": file.dense_tensors(),
     }

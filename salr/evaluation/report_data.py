@@ -48,7 +48,7 @@ class Headline:
     ranks: tuple[int, int]
     error_mask: float
     error_residual: float
-    error_bound: float
+    error_bound: float | None
     error_output: float | None
 
 

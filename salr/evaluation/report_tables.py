@@ -55,8 +55,11 @@ def _bits_tile(numbers: Headline) -> Markup:
 
 
 def _error_tile(numbers: Headline) -> Markup:
-    bound = f"{100 * numbers.error_bound:.1f} %"
-    small = f"squared error as a share of |W|\u00b2: mask alone, then with the residual (bound {bound})"
+    small = "squared error as a share of |W|\u00b2: mask alone, then with the residual"
+    if numbers.error_bound is None:
+        small += " and rounded values"
+    else:
+        small += f" (bound {100 * numbers.error_bound:.1f} %)"
     if numbers.error_output is not None:
         small += f"; median output error {100 * numbers.error_output:.1f} %"
     error = f"{100 * numbers.error_residual:.1f}"

@@ -77,3 +77,31 @@ def test_names_that_look_like_markup_are_printed_as_they_are(salr, draft, tmp_pa
         draft.drop(f"layers.0.attn.k.{key}")
     result = salr("inspect", draft.write(tmp_path / "f.salr"), "--modules")
     assert "[red]x[/red] 1" in result.stdout and "[bold]q" in result.stdout
+
+
+def test_no_view_of_a_file_with_rounded_values_shows_the_bound(salr, source, tmp_path):
+    out, page = tmp_path / "q.salr", tmp_path / "page.html"
+    made = json.loads(
+        salr("convert", source, out, "--values", "int8", "--rank", "4", "--calibration", "none", "--json").stdout
+    )
+    found = json.loads(salr("inspect", out, "--json").stdout)
+    for error in (made["error"], found["error"]):
+        assert error["bound"] is None and "rounding" in error["no_bound_because"] and error["residual"] > 0
+    assert all(module["error"]["bound"] is None for module in found["modules"].values())
+    salr("inspect", out, "--html", page)
+    assert "(bound" not in page.read_text() and "rounded values" in page.read_text()
+    assert "bound" not in salr("inspect", out).stdout
+    compared = salr("inspect", out, out).stdout.splitlines()
+    assert next(line for line in compared if line.startswith("bound")).split() == ["bound"]
+    name = next(iter(found["modules"]))
+    row = next(line for line in salr("inspect", out, "--modules").stdout.splitlines() if line.startswith(name))
+    assert row.count("%") == 3  # removed, mask error, with residual
+
+
+def test_the_bound_of_exact_values_is_in_every_view(salr, packed, tmp_path):
+    found = json.loads(salr("inspect", packed, "--json").stdout)
+    assert found["error"]["residual"] < found["error"]["bound"] and found["error"]["no_bound_because"] is None
+    for name, entry in SalrFile(packed).modules.items():
+        assert found["modules"][name]["error"]["bound"] == entry.error.bound
+    salr("inspect", packed, "--html", tmp_path / "page.html")
+    assert "(bound" in (tmp_path / "page.html").read_text()

@@ -99,6 +99,37 @@ class Assembly:
         order = ", ".join(f"i32 {lane}" for lane in lanes)
         return self.let(f"shufflevector {kind} {vector}, {kind} poison, <{len(lanes)} x i32> <{order}>")
 
+    def transposed(self, kind: str, vectors: Sequence[str]) -> list[str]:
+        """Return vector i's lane j in vector j's lane i, for as many vectors as ``kind`` has lanes."""
+        turned, n = list(vectors), len(vectors)
+        step = 1
+        while step < n:  # swap one bit of the vector's number with the same bit of the lane's
+            for i in (i for i in range(n) if not i & step):
+                pair = turned[i], turned[i | step]
+                even = [n + (j ^ step) if j & step else j for j in range(n)]
+                odd = [n + j if j & step else j | step for j in range(n)]
+                turned[i], turned[i | step] = (self.mixed(kind, pair, order) for order in (even, odd))
+            step *= 2
+        return turned
+
+    def mixed(self, kind: str, pair: tuple[str, str], lanes: Sequence[int]) -> str:
+        """Return the named lanes of two vectors of ``kind``."""
+        order = ", ".join(f"i32 {lane}" for lane in lanes)
+        return self.let(f"shufflevector {kind} {pair[0]}, {kind} {pair[1]}, <{len(lanes)} x i32> <{order}>")
+
+    def load_masked(self, kind: str, address: str, mask: str) -> str:
+        """Load the lanes of a vector that ``mask`` (as many i1) names, 0 for the others; nothing else is read."""
+        lanes, short = _lanes_and_name(kind)
+        arguments = f"ptr {address}", "i32 1", f"<{lanes} x i1> {mask}", f"{kind} zeroinitializer"
+        return self.call(f"llvm.masked.load.{short}.p0", kind, *arguments)
+
+    def store_masked(self, kind: str, value: str, address: str, mask: str) -> None:
+        """Store the lanes of a vector that ``mask`` (as many i1) names; nothing else is written."""
+        lanes, short = _lanes_and_name(kind)
+        name = f"llvm.masked.store.{short}.p0"
+        self._outside[name] = f"declare void @{name}({kind}, ptr, i32, <{lanes} x i1>)"
+        self.do(f"call void @{name}({kind} {value}, ptr {address}, i32 1, <{lanes} x i1> {mask})")
+
     def gather(self, lanes: int, places: str) -> str:
         """Load a float32 from each of a vector of addresses."""
         kind, bits = f"<{lanes} x float>", f"<{lanes} x i1>"
@@ -203,3 +234,9 @@ class Leave:
         further = self.code._label()
         self.code.do(f"br i1 {condition}, label %{self.end}, label %{further}")
         self.code.lines.append(f"{further}:")
+
+
+def _lanes_and_name(kind: str) -> tuple[int, str]:
+    """Return the lanes of a vector type and what intrinsics call it: 16 and "v16f32" for "<16 x float>"."""
+    lanes, element = kind.strip("<>").split(" x ")
+    return int(lanes), f"v{lanes}{ {'float': 'f32', 'bfloat': 'bf16'}[element] }"

@@ -51,6 +51,13 @@ def decode_bf16_pairs(code: Assembly, bits: str, source: Source) -> Iterator[str
         yield _expand(code, "i16", 32, _values(code, "<32 x i16>", mask, 32, source, 2), mask)
 
 
+def decode_int8_pairs(code: Assembly, bits: str, source: Source) -> Iterator[str]:
+    """Decode 64 columns of int8 values into two <32 x i16> of bfloat16, unscaled: exact, they have 8 bits."""
+    quarters = [code.let(f"bitcast <16 x float> {wide} to <32 x i16>") for wide in _wide_int8(code, bits, source)]
+    for low, high in (quarters[:2], quarters[2:]):
+        yield code.mixed("<32 x i16>", (low, high), range(1, 64, 2))  # the upper halves: the lower ones are 0
+
+
 def start(code: Assembly, encoding: str, values: str, first: str) -> Source:
     """Return the source of a row whose first kept value is element ``first`` of the tensor."""
     if encoding == "nf4":

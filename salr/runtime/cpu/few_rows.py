@@ -14,10 +14,11 @@ import torch
 from . import team
 from .decoding import WORD
 from .job import SLOT, address, new_job
-from .kernels import Matrix, Product, in_pairs, product_text, rows_together
+from .kernels import Product, product_text, rows_together
 from .machine import address_of
 from .paths import CodePath
 from .prepared import LowRank, Operand, Prepared
+from .rows import Matrix, in_pairs, in_scaled_pairs
 
 COMPILED_ROWS = (1, 2, 3, 4, 6, 8)  # other numbers are filled up with zeros
 PART_BYTES = 1 << 17
@@ -45,9 +46,14 @@ def few_rows(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) -
 
 
 def multiplies_pairs(path: CodePath, layer: Prepared, x: torch.Tensor) -> bool:
-    """Tell whether products of bfloat16 pairs are exact for this layer: weights, lora_A and x are all bfloat16."""
+    """Tell whether products of bfloat16 pairs are exact for this layer: x is bfloat16, weights and lora_A fit in it.
+
+    One row of x does not pay for making int8 weights bfloat16.
+    """
+    if not path.has_bf16_products or x.dtype != torch.bfloat16:
+        return False
     matrices = [layer.operand.matrix] + ([layer.low_rank.operand.matrix] if layer.low_rank else [])
-    return path.has_bf16_products and x.dtype == torch.bfloat16 and all(in_pairs(m, "bf16") for m in matrices)
+    return all(in_pairs(m, "bf16") or (x.shape[0] > 1 and in_scaled_pairs(m, "bf16")) for m in matrices)
 
 
 def _one_pass(path: CodePath, layer: Prepared, x: torch.Tensor, n_threads: int) -> torch.Tensor:

@@ -35,9 +35,17 @@ FIELDS = (
     "out",  # (rows, out_stride) decoded weights
     "out_stride",
     "first_row",  # the row of the matrix that stands first in ``out``
+    "n_inputs",  # rows of x
+    "x_stride",  # bytes from one row of x to the next
+    "packed",  # (n_panels, pairs of columns, rows of a panel) pairs of bfloat16: x, then u
+    "panel_bytes",  # from one panel to the next
+    "n_panels",
+    "workspace",  # ``workspace_bytes`` for each thread
+    "workspace_bytes",
+    "next_workspace",  # first workspace that no thread has claimed yet
 )
 SLOT = {name: index for index, name in enumerate(FIELDS)}
-N_SLOTS = 32
+N_SLOTS = 48
 
 
 def new_job(**fields: int) -> array[int]:

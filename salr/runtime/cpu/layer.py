@@ -1,7 +1,7 @@
 """The CPU backend: one layer's output, by the code path and the kernel that suit this machine and this x.
 
 Invariant: the result is that of ``reference.linear`` up to rounding: to float32 sums in another order where x is
-float32 or float16, to bfloat16 weights too where x is bfloat16 and has more than 8 rows (see ``tiles``).
+float32 or float16, to bfloat16 weights too where x is bfloat16 and has more than 8 rows (see ``panels``).
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import torch
 
 from ...formats.errors import SalrError
 from ..packed import Adapters, PackedWeight
-from . import team
+from . import panels, team, tiles
 from .few_rows import few_rows, multiplies_pairs
 from .paths import CodePath, chosen
 from .prepared import Prepared, prepare
-from .tiles import many_rows
 
-MOST_PASSES_ROWS = {"pairs": 20, "float": 16, "rounded": 8}  # more rows of x than these are faster by tiles
+MOST_PASSES_ROWS = {"pairs": 12, "float": 16, "rounded": 8}  # more rows of x than these: by panels or tiles
 
 
 def linear(
@@ -46,7 +45,11 @@ def apply(layer: Prepared, x: torch.Tensor, path: CodePath | None = None) -> tor
     if 0 in (x.shape[0], layer.n_rows):
         return x.new_zeros(x.shape[0], layer.n_rows)
     by_passes = path.lanes > 0 and x.shape[0] <= _most_rows_by_passes(path, layer, x)
-    return (few_rows if by_passes else many_rows)(path, layer, x, torch.get_num_threads())
+    if by_passes:
+        return few_rows(path, layer, x, torch.get_num_threads())
+    if path.has_bf16_products and x.dtype == torch.bfloat16:
+        return panels.many_rows(path, layer, x, torch.get_num_threads())
+    return tiles.many_rows(path, layer, x, torch.get_num_threads())
 
 
 def reason_unusable() -> str | None:
@@ -62,6 +65,6 @@ def description() -> str:
 
 
 def _most_rows_by_passes(path: CodePath, layer: Prepared, x: torch.Tensor) -> int:
-    if multiplies_pairs(path, layer, x):
+    if layer.operand.matrix.encoding == "bf16" and multiplies_pairs(path, layer, x):
         return MOST_PASSES_ROWS["pairs"]
     return MOST_PASSES_ROWS["rounded" if path.has_bf16_products and x.dtype == torch.bfloat16 else "float"]

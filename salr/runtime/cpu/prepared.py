@@ -14,7 +14,7 @@ import torch
 
 from ..packed import Adapters, PackedWeight
 from .decoding import WORD
-from .kernels import Matrix
+from .rows import Matrix
 
 RANK_MULTIPLE = 16
 _FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -101,10 +101,11 @@ def _at_least_8_wide(bitmap: torch.Tensor) -> torch.Tensor:
 
 
 def _group_index(group_size: int, n_groups: int, n_columns: int) -> tuple[str, torch.Tensor]:
-    """Return what has a scale of its own, "word" or "column", and the group of each, int32."""
+    """Return what shares a scale (see ``Matrix``), and the group of each word or column, int32."""
     n_words = -(-n_columns // WORD)
     if n_groups == 1 or group_size % WORD == 0:
-        return "word", (torch.arange(n_words) * WORD // group_size).to(torch.int32)
+        together = n_groups == 1 or group_size % (2 * WORD) == 0
+        return "two words" if together else "word", (torch.arange(n_words) * WORD // group_size).to(torch.int32)
     columns = torch.arange(n_words * WORD) // group_size
     return "column", columns.clamp(max=n_groups - 1).to(torch.int32)
 

@@ -24,6 +24,7 @@ EVERY_ENCODING = pytest.mark.parametrize("encoding", ENCODINGS)
 SHAPES = [
     (9, 256, 0.5, 128, False),
     (5, 200, 0.5, 64, False),
+    (3, 320, 0.5, 128, False),
     (3, 193, 0.7, 100, False),
     (4, 63, 0.5, 128, False),
     (2, 9, 0.5, 128, False),
@@ -73,7 +74,7 @@ def test_few_rows_of_x_give_the_reference_product(path, encoding, make_weight):
         weight = make_weight(n_rows, n_columns, encoding, density, group_size, dense)
         adapters, bias = adapters_of(n_rows, n_columns, 5), torch.randn(n_rows)
         layer = cpu.prepare(weight, adapters, bias)
-        for n_inputs, dtype in ((1, torch.float32), (1, torch.bfloat16), (3, torch.float32)):
+        for n_inputs, dtype in ((1, torch.float32), (1, torch.bfloat16), (3, torch.float32), (5, torch.bfloat16)):
             x = torch.randn(n_inputs, n_columns).to(dtype)
             assert_close(cpu.apply(layer, x, path), x, weight, adapters, bias)
 
@@ -90,13 +91,22 @@ def test_more_than_eight_rows_of_x_take_several_passes_with_the_same_result(path
 @EVERY_ENCODING
 def test_many_rows_of_x_give_the_reference_product(path, encoding, make_weight):
     torch.manual_seed(1)
-    for n_rows, n_columns, density, group_size, dense in SHAPES[:4] + SHAPES[-2:]:
+    for n_rows, n_columns, density, group_size, dense in SHAPES[:5] + SHAPES[-2:]:
         weight = make_weight(n_rows, n_columns, encoding, density, group_size, dense)
         adapters, bias = adapters_of(n_rows, n_columns, 16), torch.randn(n_rows)
         layer = cpu.prepare(weight, adapters, bias)
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(40, n_columns).to(dtype)
             assert_close(cpu.apply(layer, x, path), x, weight, adapters, bias, dtype == torch.bfloat16)
+
+
+@PATHS
+def test_the_int8_code_without_a_positive_twin_is_multiplied_as_any_other(path, make_weight):
+    weight = make_weight(4, 256, "int8")
+    weight.values.view(torch.int8)[: weight.nnz : 3] = -128
+    for n_inputs in (2, 40):
+        x = torch.randn(n_inputs, 256).bfloat16()
+        assert_close(cpu.apply(cpu.prepare(weight), x, path), x, weight, None, None, rounded=n_inputs > 8)
 
 
 def test_memory_made_in_inference_mode_serves_later_calls_outside_it(make_weight, monkeypatch):
