@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from salr.converter.execution import one_thread_each, resolve_device
 from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
@@ -95,7 +95,9 @@ def write_rounded(source: Path, out: Path, grid: Grid, options: ConvertOptions, 
     """Save ``source`` with every block linear rounded; GPTQ takes Gram matrices of the dense model's inputs."""
     plan, device = plan_conversion(source, options), resolve_device(options.device)
     checkpoint = plan.checkpoint
-    tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
+    tensors = {}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(path)
     with one_thread_each(2) as pool:
         batches = open_block_run(plan, options, device, pool).measured() if use_gptq else [plan.modules]
         for batch in batches:

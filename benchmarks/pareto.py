@@ -137,6 +137,7 @@ def draw(bench: ParetoBench, path: Path) -> None:
 
     key, edge = ("cosine", 0.9) if bench.is_encoder else ("wikitext2", 50.0)
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    n_beyond = 0
     for family, belongs, colour in FAMILIES:
         rows = sorted((row for row in bench.rows if belongs(row["name"])), key=lambda row: row["bits"])
         inside = [max(row[key], edge) if bench.is_encoder else min(row[key], edge) for row in rows]
@@ -144,9 +145,9 @@ def draw(bench: ParetoBench, path: Path) -> None:
         axes.plot([row["bits"] for row in rows], inside, "o", linestyle=line, color=colour, label=family, markersize=5)
         for row, height in zip(rows, inside, strict=True):
             if height == edge:
-                axes.annotate(
-                    f"{row[key]:.3g}", (row["bits"], height), (3, -10), textcoords="offset points", fontsize=7
-                )
+                place, n_beyond = (4, -10 - 9 * n_beyond), n_beyond + 1
+                note = f"{row[key]:.3g} {row['name']}"
+                axes.annotate(note, (row["bits"], height), place, textcoords="offset points", fontsize=7)
     if not bench.is_encoder:
         axes.set(yscale="log", ylim=(20.5, edge))
         axes.set_yticks([21, 22, 24, 26, 30, 35, 40, 50], [21, 22, 24, 26, 30, 35, 40, 50])
