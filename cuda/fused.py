@@ -21,13 +21,13 @@ from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
 
 LARGEST_BATCH = 64
-_SPLITS_OF_A = {1: 32, 2: 16, 4: 8, 8: 8}  # by NT: parts are gathered side by side while there are warps for them
+_SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: parts are gathered side by side while there are warps for them
 _A_COST, _B_COST = 2.0, 1.6  # of their bytes against those of W, in time: few warps multiply A, B waits for u
 _FEW_ROWS = 1
 _RESERVED_BYTES = 1024 + 256  # of shared memory a thread block: CUDA's own, and barriers
 _TABLE_BYTES = 1024  # of 4-bit codes
 _MOST_STAGES = 16
-_BLOCKS_PER_SM = 1
+_RESIDENT = 2  # thread blocks that share an SM's memory; MIN_BLOCKS above that leaves registers to other kernels
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,12 @@ class FusedProduct:
         )
         weight_bytes = -(-int(largest) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
-        pairs = n_tiles * tile.NT
+        pairs = self._block_steps * tile.NT
         u_bytes = 512 * (pairs + (tile.WARPS // pairs * pairs if 0 < pairs < tile.WARPS else 0))
         other_bytes = _RESERVED_BYTES + u_bytes + (_TABLE_BYTES if weight.encoding == "dense4" else 0)
         properties = torch.cuda.get_device_properties(index)
-        stages = _stages(stage_bytes, other_bytes, tile.MIN_BLOCKS, properties)
-        n_blocks = min(_BLOCKS_PER_SM * properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
+        stages = _stages(stage_bytes, other_bytes, min(tile.MIN_BLOCKS, _RESIDENT), properties)
+        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))

@@ -20,8 +20,8 @@ from .layouts import remember, slabs_of
 from .low_rank import LARGEST_RANK, LowRank, fragments
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
-#: up to here, rows go through the fused kernel 64 at a time; measured, docs/kernels.md
-CROSSOVER = 256
+#: up to here, rows go through the fused kernel 64 at a time: 16-bit values, quantized values; measured, docs/kernels.md
+CROSSOVER, QUANTIZED_CROSSOVER = 192, 64
 
 
 class PreparedProduct:
@@ -43,11 +43,16 @@ class PreparedProduct:
         if missing:
             x = torch.nn.functional.pad(x, (0, missing))
         out = x.new_empty(x.shape[0], self.weight.n_rows)
-        if self._fused is None or x.shape[0] > CROSSOVER:
+        if self._fused is None or x.shape[0] > crossover(self.weight):
             return self._expanded(x, out)
         for start in range(0, x.shape[0], LARGEST_BATCH):
             self._fused(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
         return out
+
+
+def crossover(weight: SlabWeight) -> int:
+    """Return how many rows of x the fused kernel multiplies faster than cuBLAS multiplies an expanded weight."""
+    return CROSSOVER if weight.encoding.endswith("16") else QUANTIZED_CROSSOVER
 
 
 @functools.cache
@@ -133,7 +138,7 @@ def stack(
     for weight, part in zip(weights, parts, strict=True):
         remember(weight, part)
     layers = [Layer(part, layer.adapters, layer.bias) for part, layer in zip(parts, layers, strict=True)]
-    return StackedProduct(layers, stacked, CROSSOVER)
+    return StackedProduct(layers, stacked, crossover(stacked))
 
 
 def _layer(

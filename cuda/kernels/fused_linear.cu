@@ -258,21 +258,22 @@ DEVICE void publish_u(const Arguments& p, const Tiles& sum, int warp, int lane) 
   }
 }
 
-// Add all parts of u into this thread block's shared memory; its consumers meet. Where there are fewer tiles than
-// warps, several warps share a tile's parts, and one adds their sums.
-DEVICE void gather_u(const Arguments& p, u32 u, u32 launch, int warp, int lane) {
-  const int n_tiles = p.rank_tiles * NT, chunks = n_tiles < WARPS ? WARPS / n_tiles : 1;
+// Add all parts of u from step `first_step` on, a row block's share of the ranks, into this thread block's shared memory;
+// its consumers meet. Where there are fewer tiles than warps, several share a tile's parts, and one adds their sums.
+DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int warp, int lane) {
+  const int n_tiles = p.block_steps * NT, chunks = n_tiles < WARPS ? WARPS / n_tiles : 1;
   const int parts = (p.a_splits + chunks - 1) / chunks;
-  const size_t stride = (size_t)n_tiles * 32;
+  const size_t stride = (size_t)p.rank_tiles * NT * 32;
+  consumers_meet();  // nobody reads another row block's share any more
   for (int i = warp; i < n_tiles * chunks; i += WARPS) {
-    const int tile = i % n_tiles, first = i / n_tiles * parts, n = min(parts, p.a_splits - first);
-    const float* scaling = p.scaling + tile / NT * 16;
-    wait_for_count(parts_of_a_done(p, tile / NT), (launch + 1) * p.a_splits);
+    const int tile = i % n_tiles, step = first_step + tile / NT, first = i / n_tiles * parts;
+    const int n = min(parts, p.a_splits - first);
+    wait_for_count(parts_of_a_done(p, step), (launch + 1) * p.a_splits);
     float4 sum[1] = {make_float4(0.f, 0.f, 0.f, 0.f)};
-    const float4* from = p.u_partial + first * stride + tile * 32 + lane;
+    const float4* from = p.u_partial + first * stride + (first_step * NT + tile) * 32 + lane;
     if (n > 0) sum_in_order<1>(from, from + stride, stride, n - 1, sum);
     if (chunks == 1)
-      sts128(u + i * 512 + lane * 16, as_u(sum[0], scaling, lane));
+      sts128(u + i * 512 + lane * 16, as_u(sum[0], p.scaling + step * 16, lane));
     else
       sts128(u + (n_tiles + i) * 512 + lane * 16, as_bits(sum[0]));
   }
@@ -280,8 +281,9 @@ DEVICE void gather_u(const Arguments& p, u32 u, u32 launch, int warp, int lane) 
   if (chunks == 1) return;
   if (warp < n_tiles) {
     float4 sum = as_floats(lds128_now(u + (n_tiles + warp) * 512 + lane * 16));
-    for (int c = 1; c < chunks; c++) sum = sum + as_floats(lds128_now(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
-    sts128(u + warp * 512 + lane * 16, as_u(sum, p.scaling + warp / NT * 16, lane));
+    for (int c = 1; c < chunks; c++)
+      sum = sum + as_floats(lds128_now(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
+    sts128(u + warp * 512 + lane * 16, as_u(sum, p.scaling + (first_step + warp / NT) * 16, lane));
   }
   consumers_meet();
 }
@@ -357,18 +359,21 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
     publish_u(p, sum, warp, lane);
     clear(sum);
   }
-  bool have_u = false;
+  int have_u = -1;  // the first step of what lies in shared memory
   for (int row_block = stream.first_block(); row_block <= stream.last_block(); row_block++) {
     const Segment segment(stream, row_block);
     for (int k = segment.first; k < segment.end(); k++) {
-      if (k == segment.last && !have_u) gather_u(p, u, launch, warp, lane), have_u = true;
+      if (k == segment.last && have_u != p.first_step[row_block]) {
+        have_u = p.first_step[row_block];
+        gather_u(p, u, have_u, launch, warp, lane);
+      }
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
       if (k < segment.last) {
         multiply_w(stage, ASYNC ? stage + p.weight_bytes : has_row ? stage + x_offset : 0, sum, warp, lane, table);
       } else {
         const int step = (k - segment.last) * CHUNK, steps = min(CHUNK, p.block_steps - step);
-        multiply_b(stage, u + (p.first_step[row_block] + step) * NT * 512, steps, sum, warp, lane);
+        multiply_b(stage, u + step * NT * 512, steps, sum, warp, lane);
       }
       ring.release(lane, p.stages);
     }
