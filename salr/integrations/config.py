@@ -11,8 +11,8 @@ from ..converter.module_options import ModuleOptions
 from ..converter.options import NO_DATA, CalibrationOptions, ConvertOptions
 from ..formats.errors import OptionError
 from ..runtime.skeleton import Skeleton
+from . import METHOD
 
-METHOD = "salr"
 DATA_FREE = ("alternating", "magnitude")
 
 

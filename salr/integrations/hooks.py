@@ -16,10 +16,10 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-#: another library's module -> ours, which registers itself where it is imported, once that one is
+#: another library's module -> ours, which register themselves where they are imported, once that one is
 REGISTRATIONS = {
-    "transformers.quantizers.auto": "salr.integrations.quantizer",
-    "peft.tuners.lora.model": "salr.integrations.peft_layer",
+    "transformers.quantizers.auto": ("salr.integrations.config", "salr.integrations.quantizer"),
+    "peft.tuners.lora.model": ("salr.integrations.peft_layer",),
 }
 
 
@@ -35,7 +35,8 @@ def install() -> None:
 
 def _register(name: str) -> None:
     try:
-        import_module(REGISTRATIONS[name])
+        for own in REGISTRATIONS[name]:
+            import_module(own)
     except Exception as error:  # whatever a version of the other library lacks, it must still be importable
         warnings.warn(f"salr could not register with {name}: {type(error).__name__}: {error}", stacklevel=2)
 

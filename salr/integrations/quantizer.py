@@ -7,7 +7,7 @@ were loaded with; nothing is left at random.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.core_model_loading import WeightRenaming
@@ -19,9 +19,12 @@ from ..runtime.experts import packed_modules
 from ..runtime.layout import buffer_name
 from ..runtime.loading import check_integrity
 from ..runtime.skeleton import Skeleton, build, plan_skeleton
-from .config import METHOD, SalrConfig
+from . import METHOD
 from .on_the_fly import Packer, PackOnLoad
 from .saved import SavedModel, save_guarded, saved_state
+
+if TYPE_CHECKING:
+    from .config import SalrConfig
 
 
 @register_quantizer(METHOD)

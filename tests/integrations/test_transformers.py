@@ -99,6 +99,17 @@ print(type(model.model.layers[0].mlp.up_proj).__name__, type(model.hf_quantizer)
     assert done.stdout.split() == ["SalrLinear", "SalrQuantizer"], done.stderr
 
 
+@pytest.mark.parametrize("first", ["import salr; salr.SalrConfig()", "import salr.integrations.quantizer",
+                                   "import salr, transformers.quantizers.auto"])  # fmt: skip
+def test_config_and_quantizer_are_registered_whatever_is_imported_first(first):
+    code = f"{first}\nfrom transformers.quantizers import auto\n" + (
+        "print('salr' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING, 'salr' in auto.AUTO_QUANTIZER_MAPPING)"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
 def test_a_damaged_directory_never_becomes_a_model(packed_file, tmp_path):
     folder = export_hf(packed_file("llama"), tmp_path / "hf")
     data = bytearray((folder / WEIGHTS).read_bytes())
