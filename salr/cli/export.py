@@ -57,3 +57,40 @@ def hf(
         f"A.from_pretrained('{out}')\"",
         quiet=quiet,
     )
+
+
+@app.command("onnx")
+@console.guarded
+def onnx(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .salr file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT/", help="The directory to make.")],
+    weights: Annotated[str, typer.Option(help="sparse (packed, a copy of FILE beside the graph) or dense.")] = "sparse",
+    adapters: Annotated[
+        str, typer.Option(help="fused, or overridable: exchanged at run time by .onnx_adapter files.")
+    ] = "fused",
+    opset: Annotated[int, typer.Option(help="18 or later.")] = 23,
+    dtype: Annotated[str, typer.Option(help="fp32 or fp16 for activations, keys and values.")] = "fp32",
+    library: Annotated[bool, typer.Option("--library", help="Put the native library into OUT/ too.")] = False,
+    verify: Annotated[
+        bool | None, typer.Option("--verify/--no-verify", help="Compare with torch. [up to 300 M packed weights]")
+    ] = None,
+    quiet: console.Quiet = False,
+) -> None:
+    """Write an ONNX graph with all that ONNX Runtime and onnxruntime-genai need (docs/onnx.md)."""
+    from ..onnx.export import export_onnx
+
+    made = export_onnx(
+        path, out, weights=weights, adapters=adapters, opset=opset, dtype=dtype, library=library, verify=verify
+    )
+    checked = made.verification
+    if checked is not None:
+        native = "not checked: " + str(checked.library_missing)
+        if checked.with_library is not None:
+            native = f"{checked.with_library:.1e}"
+        told = f"function body {checked.with_body:.1e}, native library {native}"
+        console.say(f"differs from torch by (share of the largest output): {told}", quiet=quiet)
+    for warning in made.warnings:
+        console.say(f"! {warning}", quiet=quiet)
+    for name in made.adapter_files:
+        console.say(f"adapter {out / name}", quiet=quiet)
+    console.say(f"wrote {out}", quiet=quiet)
