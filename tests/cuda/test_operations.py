@@ -211,7 +211,7 @@ def test_sizes_without_kernels_are_told(kernels, sizes, reason):
 
 @pytest.mark.parametrize("file", ["add_norm.cu", "rotary.cu", "gated.cu", "attend.cu"])
 @pytest.mark.parametrize("half", [0, 1])
-def test_every_kernel_compiles_for_every_target(kernels, file, half):
+def test_every_shape_of_a_kernel_compiles_for_the_oldest_and_the_newest_target(kernels, file, half):
     from salr.cuda.compilation import TARGETS, cubin
 
     shapes = {
@@ -225,5 +225,5 @@ def test_every_kernel_compiles_for_every_target(kernels, file, half):
         ],
     }
     for definitions in shapes[file]:
-        for target in TARGETS[file]:
+        for target in (TARGETS[file][0], TARGETS[file][-1]):
             assert cubin(file, (("HALF", half), *definitions.items()), target)[:4] == b"\x7fELF"
