@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parent / "kernels"
-ENCODINGS = {"bitmap16": 0, "bitmap8": 1, "dense16": 2, "dense8": 3, "dense4": 4}
+ENCODINGS = {"bitmap16": 0, "dense16": 2, "dense8": 3, "dense4": 4}
 
 #: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
 TARGETS: dict[str, tuple[str, ...]] = {

@@ -120,7 +120,7 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> SlabWeight:
     before, kept = _kept_before(weight, n_blocks, n_slabs)
     headers, offsets, largest = _offsets(encoding, kept, n_blocks, n_slabs, weight.values.device)
     slabs = torch.zeros(int(offsets[-1]) * 16, dtype=torch.uint8, device=weight.values.device)
-    values = weight.values if encoding in ("bitmap8", "dense8", "dense4") else weight.values.to(dtype)
+    values = weight.values if encoding in ("dense8", "dense4") else weight.values.to(dtype)
     scales = None if weight.scales is None else weight.scales.to(torch.float16).contiguous()
     group = min(weight.group_size or 0, n_slabs * SLAB_COLUMNS)
     source = _Source(
@@ -160,8 +160,7 @@ def _offsets(
     scales = 0 if encoding.endswith("16") else _SCALES_BYTES
     if encoding.startswith("bitmap"):
         assert kept is not None
-        value_bytes = 2 if encoding == "bitmap16" else 1
-        unit_bytes = _BITMAP_BYTES + scales + value_bytes * kept.reshape(n_units, UNITS)
+        unit_bytes = _BITMAP_BYTES + 2 * kept.reshape(n_units, UNITS)
     else:
         unit_bytes = torch.full((n_units, UNITS), _DENSE_BYTES[encoding] + scales, device=device)
     sizes = (unit_bytes + 15) // 16

@@ -101,12 +101,7 @@ extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, 
       int at = written + upto - __popc(nibble);
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        if (nibble >> j & 1) {
-          if (ENCODING == BITMAP16)
-            ((u16*)values)[at++] = (u16)weight[j];
-          else
-            values[at++] = (u8)weight[j];
-        }
+        if (nibble >> j & 1) ((u16*)values)[at++] = (u16)weight[j];
       written += __shfl_sync(~0u, upto, 31);
     } else if (ENCODING == DENSE16) {
       u16* at = (u16*)values + (group / 2) * 256 + lane * 8 + (group % 2) * 4;

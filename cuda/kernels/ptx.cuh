@@ -79,7 +79,6 @@ DEVICE void wait_for_previous_kernel() {
 
 DEVICE u32 lds32(u32 a) { u32 v; asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 DEVICE u32 lds16(u32 a) { u16 v; asm("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a)); return v; }
-DEVICE u32 lds8(u32 a) { u32 v; asm("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 DEVICE uint4 lds128(u32 a) {
   uint4 v;
   asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));

@@ -6,14 +6,13 @@
 // Weights stand in the order of mma.m16n8k16's A fragments. Group i (0..7) of a unit, lane l: four weights, rows
 // l/4, l/4, l/4+8, l/4+8 and columns 16*(l%4) + 2*i + {0, 1}: so a lane meets 16 neighbouring columns of x, and step q
 // (0..3) of a unit multiplies groups 2q and 2q+1.
-//   bitmap16, bitmap8: 4 bits a (group, lane), 8 lanes a word, word 4*group + lane/8; then the kept values in bit order
+//   bitmap16: 4 bits a (group, lane), 8 lanes a word, word 4*group + lane/8; then the kept values in bit order
 //   dense16: 16 bytes a (step, lane); dense8: 16 bytes a (pair of steps, lane); dense4: 16 bytes a lane
 //   8-bit values: sign and magnitude. 4-bit values: codes, the even one in the low nibble.
 #pragma once
 #include "ptx.cuh"
 
 #define BITMAP16 0
-#define BITMAP8 1
 #define DENSE16 2
 #define DENSE8 3
 #define DENSE4 4
@@ -22,12 +21,11 @@
 #define ENCODING BITMAP16
 #endif
 
-constexpr bool HAS_BITMAP = ENCODING == BITMAP16 || ENCODING == BITMAP8;
-constexpr bool HAS_SCALES = ENCODING == BITMAP8 || ENCODING == DENSE8 || ENCODING == DENSE4;
+constexpr bool HAS_BITMAP = ENCODING == BITMAP16;
+constexpr bool HAS_SCALES = ENCODING == DENSE8 || ENCODING == DENSE4;
 constexpr int UNITS = 16, UNIT_ROWS = 16, SLAB_COLUMNS = 64, BLOCK_ROWS = UNITS * UNIT_ROWS;
 constexpr int SLAB_HEADER_BYTES = 32;
 constexpr int BITMAP_BYTES = HAS_BITMAP ? 128 : 0, SCALES_BYTES = HAS_SCALES ? 32 : 0;
-constexpr int VALUE_BYTES = ENCODING == BITMAP16 ? 2 : 1;  // of bitmap encodings
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;    // 1024 or 128, twice: or-ing in a magnitude adds it
 
 // Four 8-bit values, sign and magnitude, as they lie in two registers' low bytes -> two 16-bit floats, exactly.
@@ -54,7 +52,7 @@ DEVICE void fill_table(u32* table) {
 // One unit in shared memory, opened by a warp.
 struct Unit {
   u32 start;        // of the unit
-  u32 word_values;  // bitmap encodings: where the values of bitmap word `lane` begin
+  u32 word_values;  // bitmap16: where the values of bitmap word `lane` begin
 
   DEVICE void open(u32 address, int lane) {
     start = address;
@@ -66,7 +64,7 @@ struct Unit {
         const u32 v = __shfl_up_sync(~0u, upto, d);
         if (lane >= d) upto += v;
       }
-      word_values = start + BITMAP_BYTES + SCALES_BYTES + VALUE_BYTES * (upto - count);
+      word_values = start + BITMAP_BYTES + 2 * (upto - count);
     }
   }
 
@@ -102,26 +100,21 @@ struct Unit {
     }
   }
 
-  // Bitmap encodings: the four weights of a group, 0 where nothing is kept. The loop around it waits for shared memory
+  // bitmap16: the four weights of a group, 0 where nothing is kept. The loop around it waits for shared memory
   // and for the integer pipe about equally: fewer, wider loads with more picking were slower (docs/kernels.md).
   DEVICE void kept(int group, int lane, u32& upper, u32& lower) const {
     const int shift = 4 * (lane & 7);
     const u32 word = lds32(start + group * 16 + (lane >> 3) * 4);
     const u32 base = __shfl_sync(~0u, word_values, group * 4 + (lane >> 3));
-    const u32 v0 = base + VALUE_BYTES * __popc(word & ((1u << shift) - 1u));
+    const u32 v0 = base + 2 * __popc(word & ((1u << shift) - 1u));
     const u32 bits = (((word >> shift) & 15u) * 0x00204081u) & 0x01010101u;  // one bit a byte
     // The dot product adds the bytes kept before: the address of each candidate, read whether it is kept or not.
-    const u32 v1 = __dp4a(bits, VALUE_BYTES * 0x00000001u, v0);
-    const u32 v2 = __dp4a(bits, VALUE_BYTES * 0x00000101u, v0);
-    const u32 v3 = __dp4a(bits, VALUE_BYTES * 0x00010101u, v0);
+    const u32 v1 = __dp4a(bits, 0x00000002u, v0);
+    const u32 v2 = __dp4a(bits, 0x00000202u, v0);
+    const u32 v3 = __dp4a(bits, 0x00020202u, v0);
     const u32 keep = bits * 255u;
     const u32 keep_upper = __byte_perm(keep, 0, 0x1100), keep_lower = __byte_perm(keep, 0, 0x3322);
-    if (ENCODING == BITMAP16) {
-      upper = side_by_side(lds16(v0), lds16(v1)) & keep_upper;
-      lower = side_by_side(lds16(v2), lds16(v3)) & keep_lower;
-    } else {
-      upper = from_sign_magnitude(side_by_side(lds8(v0), lds8(v1)) & keep_upper);
-      lower = from_sign_magnitude(side_by_side(lds8(v2), lds8(v3)) & keep_lower);
-    }
+    upper = side_by_side(lds16(v0), lds16(v1)) & keep_upper;
+    lower = side_by_side(lds16(v2), lds16(v3)) & keep_lower;
   }
 };
