@@ -145,7 +145,7 @@ def draw(bench: ParetoBench, path: Path) -> None:
         axes.plot([row["bits"] for row in rows], inside, "o", linestyle=line, color=colour, label=family, markersize=5)
         for row, height in zip(rows, inside, strict=True):
             if height == edge:
-                place, n_beyond = (4, -10 - 9 * n_beyond), n_beyond + 1
+                place, n_beyond = (4, (1 if bench.is_encoder else -1) * (6 + 9 * n_beyond) - 4), n_beyond + 1
                 note = f"{row[key]:.3g} {row['name']}"
                 axes.annotate(note, (row["bits"], height), place, textcoords="offset points", fontsize=7)
     if not bench.is_encoder:
