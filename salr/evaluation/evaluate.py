@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..formats.errors import OptionError
+from ..runtime.devices import usable_device
 from .errors import EvaluationError
 from .models import ModelSource, open_model
 from .protocol import EvalOptions, Text, Window, n_scored, plan_windows, read_text
@@ -56,7 +57,7 @@ def evaluate(
         SalrError: a text or model is missing, damaged or unfit, or its vocabulary is not the reference's.
     """
     options, content = options or EvalOptions(), read_text(text)
-    device = _device(options.device)
+    device = usable_device(options.device)
     paths = [models] if isinstance(models, (str, Path)) else list(models)
     if not paths and reference is None:
         raise OptionError("no model to evaluate", needed="at least one")
@@ -193,18 +194,3 @@ def _ratio(result: EvalResult, reference: EvalResult) -> float:
 def _exp(nats: float) -> float:
     """Return e^nats, at most the largest float: a broken model's perplexity is still a number."""
     return math.exp(min(nats, 700.0))
-
-
-def _device(name: str) -> torch.device:
-    """Return the torch device.
-
-    Raises:
-        OptionError: it is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"device {name!r}", needed="cpu or cuda[:i]") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device {name!r} is not there", needed=f"one of {torch.cuda.device_count()} CUDA devices")
-    return device

@@ -18,6 +18,7 @@ import torch
 
 from ..formats.errors import OptionError
 from . import backends, memory
+from .devices import usable_device
 from .errors import LoadError
 from .experts import packed_modules
 from .loading import DTYPES, load
@@ -95,13 +96,13 @@ def bench(
     Raises:
         SalrError: a model cannot be loaded, or is no language model.
     """
-    options = options or BenchOptions()
+    options, target = options or BenchOptions(), usable_device(device)
     loaders: list[tuple[str, Callable[[], Any]]] = [
         (str(path), lambda: load(path, device=device, dtype=dtype, backend=backend))
     ]
     if against is not None:
         loaders.append((str(against), lambda: _load_dense(Path(against), device, dtype)))
-    loaded = [_measure_model(name, loader, options, torch.device(device)) for name, loader in loaders]
+    loaded = [_measure_model(name, loader, options, target) for name, loader in loaders]
     results = tuple(result for _, result in loaded)
     if len(loaded) == 1:
         return Comparison(results)

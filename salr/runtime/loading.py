@@ -20,6 +20,7 @@ from ..formats.container import TensorSpec
 from ..formats.errors import OptionError, SalrError
 from ..formats.reader import SalrFile
 from . import backends, graph_decoding, memory
+from .devices import usable_device
 from .errors import LoadError
 from .experts import packed_modules
 from .layout import buffer_name
@@ -57,8 +58,9 @@ def load(
         FormatError: the file is damaged, or needs a newer salr (VersionError).
         LoadError: this transformers has no such model, or memory does not suffice.
         BackendError: ``backend`` is unknown or cannot be used here.
+        OptionError: ``device`` is not there.
     """
-    chosen, target = _dtype(dtype), torch.device(device)
+    chosen, target = _dtype(dtype), usable_device(device)
     if backend is not None:
         backends.usable(backend)
     file = SalrFile(path)

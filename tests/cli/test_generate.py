@@ -106,3 +106,11 @@ def test_an_encoder_is_told_apart(fails, tmp_path, speaker, salr):
     options = library.ConvertOptions(library.ModuleOptions(0.5, 2), method="magnitude")
     library.convert(tmp_path / "bert", tmp_path / "bert.salr", options)
     assert "BertModel does not generate text" in fails("generate", tmp_path / "bert.salr", "w5")
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+@pytest.mark.parametrize(("device", "found"), [("nowhere", "needed cpu or cuda"), ("cuda:99", "is not there")])
+def test_a_device_that_is_not_there_is_one_line(speaker, command, device, found):
+    line = [sys.executable, "cli.py", command, str(speaker), "--device", device]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, input="")
+    assert done.returncode == 1 and found in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
