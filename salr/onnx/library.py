@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..runtime.caching import cache_folder
 from .errors import LibraryError
 
 SOURCES = Path(__file__).parent / "native"
@@ -47,7 +48,7 @@ def get_library_path() -> Path:
     if shipped.is_file():
         return shipped
     compiler = find_compiler()
-    library = _cache_folder() / _key(compiler) / LIBRARY_NAME
+    library = cache_folder("onnx") / _key(compiler) / LIBRARY_NAME
     if not library.is_file():
         compile_library(library, compiler)
     return library
@@ -134,13 +135,3 @@ def _key(compiler: str) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:32]
-
-
-def _cache_folder() -> Path:
-    """Return where libraries are kept: SALR_CACHE/onnx, or salr/onnx in the user's cache folder."""
-    chosen = os.environ.get("SALR_CACHE")
-    if chosen:
-        return Path(chosen) / "onnx"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "salr" / "onnx"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salr" / "onnx"

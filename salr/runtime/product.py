@@ -67,9 +67,8 @@ def _linear(
     group_size: int | None,
     backend: str | None,
 ) -> Tensor:
-    weight = PackedWeight(
-        n_rows, n_columns, nnz, encoding, pattern, values, bitmap, _signed(row_offsets), _wide(scales), group_size
-    )
+    facts = n_rows, n_columns, nnz, encoding, pattern
+    weight = _packed(facts, values, bitmap, row_offsets, scales, group_size)
     rows, shape = _rows(x, weight), (*x.shape[:-1], n_rows)
     if not rows.numel():
         return x.new_zeros(shape)
@@ -104,9 +103,8 @@ def _input_gradient(
     group_size: int | None,
 ) -> Tensor:
     """Return gradient (..., N) times W + B A, (..., K): the weight is decoded, used and dropped."""
-    weight = PackedWeight(
-        n_rows, n_columns, nnz, encoding, pattern, values, bitmap, _signed(row_offsets), _wide(scales), group_size
-    )
+    facts = n_rows, n_columns, nnz, encoding, pattern
+    weight = _packed(facts, values, bitmap, row_offsets, scales, group_size)
     wide = gradient.reshape(-1, n_rows).float()
     result = wide @ reference.dense(weight.to(gradient.device))
     adapters = _adapters(lora_A, lora_B, scaling)
@@ -141,10 +139,14 @@ def _adapters(lora_a: Tensor | None, lora_b: Tensor | None, scaling: Tensor | No
     return None if lora_a is None or lora_b is None or scaling is None else Adapters(lora_a, lora_b, scaling)
 
 
-def _signed(row_offsets: Tensor | None) -> Tensor | None:
-    """View the file's uint64 as the int64 that kernels index with."""
-    return None if row_offsets is None else row_offsets.view(torch.int64)
-
-
-def _wide(scales: Tensor | None) -> Tensor | None:
-    return None if scales is None else scales.float()
+def _packed(
+    facts: tuple[int, int, int, str, str],
+    values: Tensor,
+    bitmap: Tensor | None,
+    row_offsets: Tensor | None,
+    scales: Tensor | None,
+    group_size: int | None,
+) -> PackedWeight:
+    """Wrap stored tensors: the file's uint64 offsets are viewed as the int64 that kernels index with."""
+    offsets = None if row_offsets is None else row_offsets.view(torch.int64)
+    return PackedWeight(*facts, values, bitmap, offsets, None if scales is None else scales.float(), group_size)

@@ -7,7 +7,6 @@ LLVM's version) and the digest of its own bytes agree.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import threading
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from ..caching import cache_folder
 
 DIGEST_BYTES = 16
 _lock = threading.Lock()
@@ -32,18 +33,6 @@ def address_of(text: str, features: str) -> int:
         if key not in _engines:
             _engines[key] = _load(_cached(key) or _compile(text, features, key))
         return _engines[key][1]
-
-
-def cache_folder() -> Path:
-    """Return where objects are kept: SALR_CACHE, or salr/cpu in the user's cache folder."""
-    chosen = os.environ.get("SALR_CACHE")
-    if chosen:
-        return Path(chosen) / "cpu"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "salr" / "cpu"
 
 
 def _target(features: str) -> Any:
@@ -96,7 +85,7 @@ def _key(text: str, features: str) -> str:
 
 def _cached(key: str) -> bytes | None:
     try:
-        data = (cache_folder() / f"{key}.o").read_bytes()
+        data = (cache_folder("cpu") / f"{key}.o").read_bytes()
     except OSError:
         return None
     code = data[DIGEST_BYTES:]
@@ -106,7 +95,7 @@ def _cached(key: str) -> bytes | None:
 def _keep(key: str, code: bytes) -> None:
     """Write an object beside its final name and rename it; a folder that cannot be written to means no cache."""
     try:
-        folder = cache_folder()
+        folder = cache_folder("cpu")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(xxhash.xxh3_128_digest(code) + code)
