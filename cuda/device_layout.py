@@ -23,7 +23,7 @@ _PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Weight(Protocol):
-    """What is needed of a packed weight (see ``salr.runtime.packed.PackedWeight``); tensors on one GPU."""
+    """What is needed of a packed weight (see ``salr.runtime.packed.PackedWeight``); it is laid out where it lies."""
 
     n_rows: int
     n_columns: int
@@ -34,6 +34,10 @@ class Weight(Protocol):
     row_offsets: torch.Tensor | None
     scales: torch.Tensor | None
     group_size: int | None
+
+    def to(self, device: torch.device | str) -> Weight:
+        """Return the same weight with its tensors on a device."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class SlabWeight:
     def padded_columns(self) -> int:
         """K, padded: how many columns x must have."""
         return padded_columns(self.n_columns)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (M, K) with columns of zeros up to K padded."""
+        missing = self.padded_columns - x.shape[1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
     @property
     def n_bytes(self) -> int:

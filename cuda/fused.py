@@ -106,7 +106,7 @@ class _Plan:
 
 
 class FusedProduct:
-    """y = x W^T + adapters + bias for x (M, K padded), M <= 64.
+    """y = x W^T + adapters + bias for x (M, K padded), one launch for 64 rows.
 
     Args:
         weight: the slabs.
@@ -139,7 +139,15 @@ class FusedProduct:
         ] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
+        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it.
+
+        More than 64 rows are multiplied 64 at a time.
+        """
+        for start in range(0, x.shape[0], LARGEST_BATCH):
+            self._multiply(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
+        return out
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         batch = x.shape[0]
         tile = tile_for(batch, self.weight.encoding, self._capability)
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -153,7 +161,6 @@ class FusedProduct:
             arguments.x = arrange(x, stream)
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(stream)
-        return out
 
     def _launch(
         self, tile: Tile, x_rows: int, stream: int

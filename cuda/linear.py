@@ -15,7 +15,7 @@ import torch
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
-from .fused import LARGEST_BATCH, FusedProduct
+from .fused import FusedProduct
 from .layouts import remember, slabs_of
 from .low_rank import LARGEST_RANK, LowRank, fragments
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
@@ -39,15 +39,10 @@ class PreparedProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
-        missing = self.weight.padded_columns - x.shape[1]
-        if missing:
-            x = torch.nn.functional.pad(x, (0, missing))
-        out = x.new_empty(x.shape[0], self.weight.n_rows)
+        x, out = self.weight.padded(x), x.new_empty(x.shape[0], self.weight.n_rows)
         if self._fused is None or x.shape[0] > crossover(self.weight):
             return self._expanded(x, out)
-        for start in range(0, x.shape[0], LARGEST_BATCH):
-            self._fused(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
-        return out
+        return self._fused(x, out)
 
 
 def crossover(weight: SlabWeight) -> int:

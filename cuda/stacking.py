@@ -13,7 +13,7 @@ import torch
 
 from .device_layout import BLOCK_ROWS, SlabWeight
 from .expanded import ExpandedProduct
-from .fused import LARGEST_BATCH, FusedProduct
+from .fused import FusedProduct
 from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
 
 _TILE = 16  # ranks
@@ -151,14 +151,9 @@ class StackedProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, all N) of x (M, K), contiguous, in its dtype."""
-        missing = self.weight.padded_columns - x.shape[1]
-        if missing:
-            x = torch.nn.functional.pad(x, (0, missing))
-        out = x.new_empty(x.shape[0], self.weight.n_rows)
+        x, out = self.weight.padded(x), x.new_empty(x.shape[0], self.weight.n_rows)
         if x.shape[0] <= self._crossover:
-            for start in range(0, x.shape[0], LARGEST_BATCH):
-                self._fused(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
-            return out
+            return self._fused(x, out)
         first = 0
         for product in self._expanded:
             product(x, out[:, first : first + product.weight.n_rows])
