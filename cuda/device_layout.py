@@ -180,6 +180,11 @@ def _offsets(
     return headers.contiguous(), offsets.to(torch.int32), 16 * int(ends[:, -1].max())
 
 
+def table_bytes(encoding: str) -> int:
+    """Return the shared memory of a kernel's table of codes: each of 256 pairs of them once for each lane."""
+    return 256 * 128 if encoding == "dense4" else 0
+
+
 def definitions(encoding: str, dtype: torch.dtype, **more: int) -> tuple[tuple[str, int], ...]:
     """Return the kernels' definitions for a layout."""
     fixed = {"ENCODING": ENCODINGS[encoding], "HALF": int(dtype == torch.float16)}

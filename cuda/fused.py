@@ -9,25 +9,25 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from .compilation import function
-from .device_layout import SlabWeight, definitions
+from .device_layout import SlabWeight, definitions, table_bytes
 from .launching import Launch
 from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
 
 LARGEST_BATCH = 64
-_SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: parts are gathered side by side while there are warps for them
-_A_COST, _B_COST = 2.0, 1.6  # of their bytes against those of W, in time: few warps multiply A, B waits for u
+_SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
+_A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
-_RESERVED_BYTES = 1024 + 256  # of shared memory a thread block: CUDA's own, and barriers
-_TABLE_BYTES = 1024  # of 4-bit codes
+_GATHERERS = {8: 7, 16: 3}  # by WARPS, as in fused_linear.cu
+_RESERVED_BYTES = 1024 + 512  # of shared memory a thread block: CUDA's own, and barriers
 _MOST_STAGES = 16
-_RESIDENT = 2  # thread blocks that share an SM's memory; MIN_BLOCKS above that leaves registers to other kernels
+_RING_BYTES = 80 << 10  # more is slower: what an SM is late with waits behind what others have asked for in advance
+_EMPTY = -1  # as in sums.cuh
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ class Tile:
     NT: int
     WARPS: int
     SUB: int
-    MIN_BLOCKS: int
     ASYNC: int = 0
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of a block: consumers, a warp that copies, warps that gather u."""
+        return (self.WARPS + 1 + _GATHERERS[self.WARPS]) * 32
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
@@ -57,15 +61,13 @@ class Tile:
         return rows * self.SUB * 128 if self.ASYNC else rows * (self.SUB * 128 + 16)
 
 
-TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 8, 2, 1), Tile(8, 8, 2, 1))
-ASYNC_TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 16, 2, 1, 1), Tile(8, 16, 2, 1, 1))
-#: sums before and after scales take registers twice, so that a warp owns fewer rows
-QUANTIZED_TILES = (Tile(1, 8, 2, 2), Tile(2, 8, 2, 2), Tile(4, 16, 1, 1), Tile(8, 16, 1, 1))
+TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 8, 2), Tile(8, 8, 2))
+ASYNC_TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 16, 2, 1), Tile(8, 16, 2, 1))
 
 
 def tile_for(batch: int, encoding: str, capability: tuple[int, int]) -> Tile:
     """Return the tile for a number of rows of x."""
-    tiles = (ASYNC_TILES if capability == (9, 0) else TILES) if encoding.endswith("16") else QUANTIZED_TILES
+    tiles = ASYNC_TILES if capability == (9, 0) and encoding.endswith("16") else TILES
     return next(tile for tile in tiles if batch <= 8 * tile.NT)
 
 
@@ -91,7 +93,6 @@ class _Plan:
 
     function: int
     n_blocks: int
-    n_threads: int
     stages: int
     stage_bytes: int
     weight_bytes: int
@@ -102,7 +103,6 @@ class _Plan:
     u_partial_floats: int
     u_bytes: int
     x_rows: int
-    n_counters: int
 
 
 class FusedProduct:
@@ -168,8 +168,9 @@ class FusedProduct:
         plan = self._plans.get((tile, x_rows))
         if plan is None:
             plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
-        workspace = _workspace(self.device, stream, "partial", plan.partial_floats, plan.u_partial_floats)
-        counters = torch.zeros(plan.n_counters, dtype=torch.int32, device=self.device)
+        partial = _workspace(self.device, stream, "partial", plan.partial_floats)
+        u_partial = torch.full((plan.u_partial_floats,), _EMPTY, dtype=torch.int32, device=self.device)
+        counters = torch.zeros(plan.n_blocks, dtype=torch.int32, device=self.device)
         weight, adapters = self.weight, self.adapters
         arguments = _Arguments(
             slabs=weight.slabs.data_ptr(), slab_offsets=weight.offsets.data_ptr(),
@@ -178,21 +179,21 @@ class FusedProduct:
             scaling=adapters.scaling.data_ptr() if adapters else None,
             schedule=plan.schedule.data_ptr(), sharers=plan.sharers.data_ptr(), first_step=self._first_step.data_ptr(),
             bias=None if self.bias is None else self.bias.data_ptr(),
-            partial=workspace[0].data_ptr(), u_partial=workspace[1].data_ptr(),
-            counters=counters.data_ptr(), n_rows=weight.n_rows, n_columns=weight.padded_columns,
-            slabs_per_block=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
+            partial=partial.data_ptr(), u_partial=u_partial.data_ptr(), counters=counters.data_ptr(),
+            n_rows=weight.n_rows, n_columns=weight.padded_columns, slabs_per_block=weight.n_slabs,
+            rank_tiles=adapters.n_tiles if adapters else 0,
             block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,
             stage_bytes=plan.stage_bytes, stages=plan.stages, x_rows=plan.x_rows,
         )  # fmt: skip
         launch = Launch(
-            plan.function, (plan.n_blocks, 1, 1), plan.n_threads, plan.stages * plan.stage_bytes + plan.u_bytes,
+            plan.function, (plan.n_blocks, 1, 1), tile.n_threads, plan.stages * plan.stage_bytes + plan.u_bytes,
             [arguments],
         )  # fmt: skip
         arrange = None
         if tile.ASYNC:
-            (arranged,) = _workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
+            arranged = _workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
             arrange = Arrangement(arranged, weight, 8 * tile.NT)
-        return arguments, launch, arrange, (counters, *workspace)
+        return arguments, launch, arrange, (counters, u_partial, partial)
 
     def _plan(self, tile: Tile, x_rows: int) -> _Plan:
         weight = self.weight
@@ -213,11 +214,12 @@ class FusedProduct:
         )
         weight_bytes = -(-int(largest) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
-        pairs = self._block_steps * tile.NT
-        u_bytes = 512 * (pairs + (tile.WARPS // pairs * pairs if 0 < pairs < tile.WARPS else 0))
-        other_bytes = _RESERVED_BYTES + u_bytes + (_TABLE_BYTES if weight.encoding == "dense4" else 0)
+        u_bytes = 512 * self._block_steps * tile.NT
         properties = torch.cuda.get_device_properties(index)
-        stages = _stages(stage_bytes, other_bytes, min(tile.MIN_BLOCKS, _RESIDENT), properties)
+        free_bytes = properties.shared_memory_per_block_optin - _RESERVED_BYTES - table_bytes(weight.encoding) - u_bytes
+        stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
+        if stages < 1:
+            raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {free_bytes} bytes of shared memory")
         n_blocks = min(properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
@@ -225,7 +227,6 @@ class FusedProduct:
         return _Plan(
             function=function("fused_linear.cu", "fused_linear", options, index),
             n_blocks=n_blocks,
-            n_threads=(tile.WARPS + 1) * 32,
             stages=stages,
             stage_bytes=stage_bytes,
             weight_bytes=weight_bytes,
@@ -233,23 +234,10 @@ class FusedProduct:
             schedule=torch.from_numpy(chosen).to(self.device),
             sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
-            u_partial_floats=max(1, a_splits * n_tiles * tile.NT * 128),
+            u_partial_floats=max(4, 2 * a_splits * n_tiles * tile.NT * 128),
             u_bytes=u_bytes,
             x_rows=x_rows,
-            n_counters=n_blocks + 16 + work.n_row_blocks,
         )
-
-
-def _stages(stage_bytes: int, other_bytes: int, min_blocks: int, properties: Any) -> int:
-    """Return how many stages fit where ``min_blocks`` thread blocks share an SM, or where one has it alone."""
-    per_sm = properties.shared_memory_per_multiprocessor
-    per_block = properties.shared_memory_per_block_optin
-    stages = (min(per_sm // min_blocks, per_block) - other_bytes) // stage_bytes
-    if stages < 2:
-        stages = (per_block - other_bytes) // stage_bytes
-    if stages < 1:
-        raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {per_block} bytes of shared memory")
-    return int(min(stages, _MOST_STAGES))
 
 
 class Arrangement:
@@ -271,14 +259,14 @@ class Arrangement:
 
 
 @functools.cache
-def _known_workspaces(device: torch.device) -> dict[tuple[int, str], list[torch.Tensor]]:
+def _known_workspaces(device: torch.device) -> dict[tuple[int, str], torch.Tensor]:
     return {}
 
 
-def _workspace(device: torch.device, stream: int, use: str, *n_floats: int) -> tuple[torch.Tensor, ...]:
-    """Return float32 buffers of a stream that all its products share, at least as large as asked."""
-    known = _known_workspaces(device).setdefault((stream, use), [torch.empty(0, device=device)] * len(n_floats))
-    for i, wanted in enumerate(n_floats):
-        if known[i].numel() < wanted:
-            known[i] = torch.empty(wanted, dtype=torch.float32, device=device)
-    return tuple(known)
+def _workspace(device: torch.device, stream: int, use: str, n_words: int) -> torch.Tensor:
+    """Return 32-bit words that all products of a stream share, at least so many, empty when new."""
+    known = _known_workspaces(device)
+    found = known.get((stream, use))
+    if found is None or found.numel() < n_words:
+        found = known[stream, use] = torch.full((n_words,), _EMPTY, dtype=torch.int32, device=device)
+    return found

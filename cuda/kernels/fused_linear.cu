@@ -1,25 +1,23 @@
 // y (M, N) = x (M, K) W^T + ((x A^T) * scaling) B^T + bias for M <= 8*NT, in one launch.
 //
-// grid: as many thread blocks as the schedule has entries, all resident; block: WARPS consumer warps and one producer.
+// grid: as many thread blocks as the schedule has entries, all resident, each alone on its SM.
+// block: WARPS consumer warps, one producer, GATHERERS.
 // shared memory: `stages` stages of `stage_bytes` (weights, then x) in a ring (stream.cuh), then u.
 //
-// The first `a_splits` thread blocks begin with a part of A each. A thread block that has B rounds adds all parts in
-// order and keeps u = (x A^T) * scaling in shared memory, as two 16-bit floats a number.
+// The first `a_splits` thread blocks begin with a part of A each. The gatherers of a thread block that has B rounds add
+// all parts in order and put u = (x A^T) * scaling into shared memory, as two 16-bit floats a number.
 // A row block that several thread blocks share is summed from float32 partials, in thread-block order: the same bits
-// every time. Warps publish on their own. Counters only ever grow (modulo 2^32), and `launches` of a thread block says
-// what to wait for; all thread blocks are resident, and none waits with work of its own left that others wait for.
+// every time. Nothing is announced: a place for a sum is EMPTY until the sum is there, who needs it looks until it is, and
+// leaves the place empty (sums.cuh). All thread blocks are resident, and none waits with work left that others wait for.
 #include "stream.cuh"
 #if ASYNC
 #include "wgmma.cuh"
 #endif
 
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 2  // thread blocks an SM: the next launch becomes resident and prefetches while this one runs
-#endif
-
 constexpr int RT = UNITS / WARPS;  // units a warp
 constexpr int CONSUMERS = WARPS * 32;
-constexpr int LOADS = MIN_BLOCKS == 2 && WARPS == 16 ? 5 : 8;  // of partial sums at once: what registers allow
+constexpr int GATHERERS = WARPS == 8 ? 7 : 3;  // as many as registers allow
+constexpr int THREADS = CONSUMERS + 32 + GATHERERS * 32;
 
 #include "sums.cuh"
 
@@ -151,7 +149,7 @@ DEVICE void multiply_b(u32 b_address, u32 u_address, int steps, Tiles& sum, int 
     }
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      const uint4 b = lds128(u_address + (step * NT + n) * 512 + lane * 16);
+      const uint4 b = lds128_now(u_address + (step * NT + n) * 512 + lane * 16);
 #pragma unroll
       for (int r = 0; r < RT; r++) {
         mma(sum[r][n], a[r], b.x, b.y);
@@ -161,53 +159,61 @@ DEVICE void multiply_b(u32 b_address, u32 u_address, int steps, Tiles& sum, int 
   }
 }
 
+// u in shared memory, and its barriers: `full` when the gatherers have put it there, `empty` when it was the last needed.
+struct LowRank {
+  u32 u, full, empty;
+};
+
 DEVICE void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
-DEVICE u32* parts_of_a_done(const Arguments& p, int tile) { return p.counters + gridDim.x + tile; }
-DEVICE u32* warps_done(const Arguments& p, int row_block) { return p.counters + gridDim.x + UNITS + row_block; }
+// Where a part of x A^T is left: launches take turns with two buffers.
+DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {
+  return p.u_partial + (size_t)((launch & 1) * p.a_splits + part) * p.rank_tiles * NT * 32;
+}
 
-// Part `blockIdx.x` of x A^T is done: publish this warp's tiles of it.
-DEVICE void publish_u(const Arguments& p, const Tiles& sum, int warp, int lane) {
+// Part `blockIdx.x` of x A^T is done: publish this warp's tiles of it, and empty what the launch before left.
+DEVICE void publish_u(const Arguments& p, const Tiles& sum, u32 launch, int warp, int lane) {
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     const int tile = warp * RT + r;
     if (tile >= p.rank_tiles) continue;
-    float4* own = p.u_partial + ((size_t)blockIdx.x * p.rank_tiles + tile) * NT * 32 + lane;
 #pragma unroll
-    for (int n = 0; n < NT; n++) own[n * 32] = as_float4(sum[r][n]);
-    __syncwarp();
-    if (lane == 0) add_release(parts_of_a_done(p, tile), 1);
+    for (int n = 0; n < NT; n++) {
+      const int at = (tile * NT + n) * 32 + lane;
+      store_sum(part_of_u(p, launch, blockIdx.x) + at, as_float4(sum[r][n]));
+      empty(part_of_u(p, launch + 1, blockIdx.x) + at);
+    }
   }
 }
 
-// Add all parts of u from step `first_step` on, a row block's share of the ranks, into this thread block's shared memory;
-// its consumers meet. Where there are fewer tiles than warps, several share a tile's parts, and one adds their sums.
-DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int warp, int lane) {
-  const int n_tiles = p.block_steps * NT, chunks = n_tiles < WARPS ? WARPS / n_tiles : 1;
-  const int parts = (p.a_splits + chunks - 1) / chunks;
+// Add all parts of u from step `first_step` on, a row block's share of the ranks, into this thread block's shared memory.
+DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int gatherer, int lane) {
   const size_t stride = (size_t)p.rank_tiles * NT * 32;
-  consumers_meet();  // nobody reads another row block's share any more
-  for (int i = warp; i < n_tiles * chunks; i += WARPS) {
-    const int tile = i % n_tiles, step = first_step + tile / NT, first = i / n_tiles * parts;
-    const int n = min(parts, p.a_splits - first);
-    wait_for_count(parts_of_a_done(p, step), (launch + 1) * p.a_splits);
-    float4 sum[1] = {make_float4(0.f, 0.f, 0.f, 0.f)};
-    const float4* from = p.u_partial + first * stride + (first_step * NT + tile) * 32 + lane;
-    if (n > 0) sum_in_order<1>(from, from + stride, stride, n - 1, sum);
-    if (chunks == 1)
-      sts128(u + i * 512 + lane * 16, as_u(sum[0], p.scaling + step * 16, lane));
-    else
-      sts128(u + (n_tiles + i) * 512 + lane * 16, as_bits(sum[0]));
+  for (int i = gatherer; i < p.block_steps * NT; i += GATHERERS) {
+    const int step = first_step + i / NT;
+    const float4* first = part_of_u(p, launch, 0) + (first_step * NT + i) * 32 + lane;
+    float4 sum[1];
+    sum_in_order<1, 8>(first, first + stride, stride, p.a_splits - 1, sum);
+    sts128(u + i * 512 + lane * 16, as_u(sum[0], p.scaling + step * 16, lane));
   }
-  consumers_meet();
-  if (chunks == 1) return;
-  if (warp < n_tiles) {
-    float4 sum = as_floats(lds128_now(u + (n_tiles + warp) * 512 + lane * 16));
-    for (int c = 1; c < chunks; c++)
-      sum = sum + as_floats(lds128_now(u + (n_tiles * (c + 1) + warp) * 512 + lane * 16));
-    sts128(u + warp * 512 + lane * 16, as_u(sum, p.scaling + (first_step + warp / NT) * 16, lane));
+}
+
+// u for one row block after the other, as the consumers come to need it.
+DEVICE void gather(const Arguments& p, const Stream& stream, const LowRank& low_rank, int gatherer, int lane) {
+  if (!stream.rounds_b) return;
+  wait_for_previous_kernel();
+  const u32 launch = load_fresh(p.counters + blockIdx.x);
+  int have = -1;
+  u32 phase = 0;
+  for (int row_block = stream.first_block(); row_block <= stream.last_block(); row_block++) {
+    const int step = p.first_step[row_block];
+    if (!Segment(stream, row_block).n_b || step == have) continue;
+    if (have >= 0) barrier_wait(low_rank.empty, phase), phase ^= 1;
+    have = step;
+    gather_u(p, low_rank.u, step, launch, gatherer, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(low_rank.full);
   }
-  consumers_meet();
 }
 
 // Where a thread block leaves its part of a row block: at most one that it begins and does not end, and one that it
@@ -221,9 +227,7 @@ DEVICE void store_partial(const Arguments& p, const Tiles& sum, const Segment& s
 #pragma unroll
   for (int r = 0; r < RT; r++)
 #pragma unroll
-    for (int n = 0; n < NT; n++) to[(r * NT + n) * 32] = as_float4(sum[r][n]);
-  __syncwarp();
-  if (lane == 0) add_release(warps_done(p, segment.row_block), 1);
+    for (int n = 0; n < NT; n++) store_sum(to + (r * NT + n) * 32, as_float4(sum[r][n]));
 }
 
 DEVICE void store_whole(const Arguments& p, const Tiles& sum, int row_block, int warp, int lane) {
@@ -237,21 +241,23 @@ DEVICE void store_whole(const Arguments& p, const Tiles& sum, int row_block, int
 }
 
 // Add up this warp's share of a row block that several thread blocks worked on.
-DEVICE void finish_shared(const Arguments& p, int row_block, u32 launch, int warp, int lane) {
+DEVICE void finish_shared(const Arguments& p, int row_block, int2 sharers, int warp, int lane) {
   constexpr int N = NT < 4 ? NT : 4;  // tiles at once
-  const int2 sharers = p.sharers[row_block];
   const int n_sharers = sharers.y - sharers.x + 1;
-  bool waited = false;
   for (int i = blockIdx.x - sharers.x + n_sharers * warp; i < UNITS * NT / N; i += n_sharers * WARPS) {
     const int tile = i * N, row = row_block * BLOCK_ROWS + tile / NT * UNIT_ROWS + (lane >> 2);
     const float4 bias = bias_of(p, row);
-    if (!waited) wait_for_count(warps_done(p, row_block), (launch + 1) * n_sharers * WARPS);
-    waited = true;
     float4 sum[N];
-    const float4* rest = partial_of(p, sharers.x + 1, false) + tile * 32 + lane;
-    sum_in_order<N>(partial_of(p, sharers.x, true) + tile * 32 + lane, rest, 2 * UNITS * NT * 32, n_sharers - 1, sum);
+    float4* first = partial_of(p, sharers.x, true) + tile * 32 + lane;
+    float4* rest = partial_of(p, sharers.x + 1, false) + tile * 32 + lane;
+    const size_t stride = 2 * UNITS * NT * 32;
+    sum_in_order<N, 8>(first, rest, stride, n_sharers - 1, sum);
 #pragma unroll
-    for (int t = 0; t < N; t++) store_outputs(p, row, (tile + t) % NT * 8 + 2 * (lane & 3), sum[t] + bias);
+    for (int t = 0; t < N; t++) {
+      empty(first + t * 32);
+      for (int j = 0; j < n_sharers - 1; j++) empty(rest + j * stride + t * 32);
+      store_outputs(p, row, (tile + t) % NT * 8 + 2 * (lane & 3), sum[t] + bias);
+    }
   }
 }
 
@@ -260,14 +266,16 @@ DEVICE void prefetch_small(const Arguments& p, const Stream& stream, int thread)
   const int line = thread * 32, row = stream.first_block() * BLOCK_ROWS + line;
   if (p.bias && row < min(p.n_rows, (stream.last_block() + 1) * BLOCK_ROWS)) prefetch(p.bias + row);
   if (line < p.rank_tiles * 16) prefetch(p.scaling + line);
-  if (thread == 0) prefetch(p.sharers + stream.first_block()), prefetch(p.first_step + stream.first_block());
+  if (thread == 0) prefetch(p.first_step + stream.first_block());
 }
 
 // All stages of A, then row block after row block.
-DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int warp, int lane, u32 table) {
+DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const LowRank& low_rank, int warp, int lane,
+                    u32 table) {
   prefetch_small(p, stream, warp * 32 + lane);
+  const int2 first_sharers = p.sharers[stream.first_block()], last_sharers = p.sharers[stream.last_block()];
   wait_for_previous_kernel();
-  const u32 launch = load_fresh(p.counters + blockIdx.x), u = ring.memory + p.stages * p.stage_bytes;
+  const u32 launch = load_fresh(p.counters + blockIdx.x);
   const u32 x_offset = p.weight_bytes + (ASYNC ? lane * 4 : (lane >> 2) * X_PITCH + (lane & 3) * 32);
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
@@ -278,16 +286,19 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
     ring.release(lane, p.stages);
   }
   if (stream.n_a) {
-    publish_u(p, sum, warp, lane);
+    publish_u(p, sum, launch, warp, lane);
     clear(sum);
   }
-  int have_u = -1;  // the first step of what lies in shared memory
+  int have = -1;  // the first step of the u that lies in shared memory
+  u32 phase = 0;
   for (int row_block = stream.first_block(); row_block <= stream.last_block(); row_block++) {
     const Segment segment(stream, row_block);
     for (int k = segment.first; k < segment.end(); k++) {
-      if (k == segment.last && have_u != p.first_step[row_block]) {
-        have_u = p.first_step[row_block];
-        gather_u(p, u, have_u, launch, warp, lane);
+      if (k == segment.last && have != p.first_step[row_block]) {
+        if (have >= 0 && lane == 0) barrier_arrive(low_rank.empty);
+        have = p.first_step[row_block];
+        barrier_wait(low_rank.full, phase);
+        phase ^= 1;
       }
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
@@ -295,7 +306,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
         multiply_w(stage, ASYNC ? stage + p.weight_bytes : has_row ? stage + x_offset : 0, sum, warp, lane, table);
       } else {
         const int step = (k - segment.last) * CHUNK, steps = min(CHUNK, p.block_steps - step);
-        multiply_b(stage, u + step * NT * 512, steps, sum, warp, lane);
+        multiply_b(stage, low_rank.u + step * NT * 512, steps, sum, warp, lane);
       }
       ring.release(lane, p.stages);
     }
@@ -306,15 +317,16 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, int war
     clear(sum);
   }
   const Segment first(stream, stream.first_block()), last(stream, stream.last_block());
-  if (!first.is_whole(stream)) finish_shared(p, first.row_block, launch, warp, lane);
-  if (last.row_block != first.row_block && !last.is_whole(stream)) finish_shared(p, last.row_block, launch, warp, lane);
-  consumers_meet();  // all have read the count
+  if (!first.is_whole(stream)) finish_shared(p, first.row_block, first_sharers, warp, lane);
+  if (last.row_block != first.row_block && !last.is_whole(stream))
+    finish_shared(p, last.row_block, last_sharers, warp, lane);
+  consumers_meet();  // all have read the number of the launch
   if (warp == 0 && lane == 0) p.counters[blockIdx.x] = launch + 1;
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, MIN_BLOCKS) fused_linear(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
-  __shared__ __align__(8) u64 full[MAX_STAGES], empty[MAX_STAGES];
+  __shared__ __align__(8) u64 full[MAX_STAGES], empty[MAX_STAGES], u_full, u_empty;
   __shared__ u32 table[TABLE_WORDS];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
@@ -322,6 +334,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, MIN_BLOCKS) fused_l
       barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : 32);
       barrier_init(shared_address(empty + i), WARPS);
     }
+    barrier_init(shared_address(&u_full), GATHERERS);
+    barrier_init(shared_address(&u_empty), WARPS);
     barrier_init_fence();
   }
   fill_table(table);
@@ -329,8 +343,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, MIN_BLOCKS) fused_l
   let_next_kernel_start();
   const Stream stream(p);
   const Ring ring{shared_address(full), shared_address(empty), shared_address(memory)};
+  const LowRank low_rank{ring.memory + p.stages * p.stage_bytes, shared_address(&u_full), shared_address(&u_empty)};
   if (warp == WARPS)
     produce(p, stream, ring, lane);
+  else if (warp > WARPS)
+    gather(p, stream, low_rank, warp - WARPS - 1, lane);
   else
-    consume(p, stream, ring, warp, lane, shared_address(table));
+    consume(p, stream, ring, low_rank, warp, lane, shared_address(table));
 }

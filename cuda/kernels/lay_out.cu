@@ -76,7 +76,7 @@ extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, 
       first[h] = (long long)r * s.n_columns + slab * SLAB_COLUMNS;
   }
   int written = 0;
-  u32 codes = 0;
+  u32 word = 0, codes = 0;
 #pragma unroll
   for (int group = 0; group < 8; group++) {
     const int column = 16 * (lane & 3) + 2 * group;
@@ -89,10 +89,9 @@ extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, 
       weight[j] = nibble >> j & 1 ? stored_value(s, index) : (ENCODING == DENSE4 ? 7u : 0u);
     }
     if (HAS_BITMAP) {
-      u32 word = nibble << (4 * (lane & 7)), upto = __popc(nibble);
-#pragma unroll
-      for (int d = 1; d < 8; d <<= 1) word |= __shfl_xor_sync(~0u, word, d);
-      if ((lane & 7) == 0) ((u32*)to)[group * 4 + (lane >> 3)] = word;
+      word |= nibble << (8 * (group % 4) + 4 * (group / 4));
+      if (group == 7) ((u32*)to)[lane] = word;
+      u32 upto = __popc(nibble);
 #pragma unroll
       for (int d = 1; d < 32; d <<= 1) {
         const u32 v = __shfl_up_sync(~0u, upto, d);

@@ -79,6 +79,17 @@ DEVICE void wait_for_previous_kernel() {
 
 DEVICE u32 lds32(u32 a) { u32 v; asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 DEVICE u32 lds16(u32 a) { u16 v; asm("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a)); return v; }
+// Four numbers of 16 bits: for each of the lowest four bits that is set the next one from `a` on, else 0. All predicates
+// come first: the machine makes four of them in one instruction.
+DEVICE void lds16_where(u32 bits, u32 a, u32& v0, u32& v1, u32& v2, u32& v3) {
+  asm("{\n.reg .pred p, q, r, s;\n.reg .b32 t, a;\n"
+      "and.b32 t, %4, 1;\nsetp.ne.b32 p, t, 0;\nand.b32 t, %4, 2;\nsetp.ne.b32 q, t, 0;\n"
+      "and.b32 t, %4, 4;\nsetp.ne.b32 r, t, 0;\nand.b32 t, %4, 8;\nsetp.ne.b32 s, t, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\nmov.b32 a, %5;\n"
+      "@p ld.shared.u16 %0, [a];\n@p add.u32 a, a, 2;\n@q ld.shared.u16 %1, [a];\n@q add.u32 a, a, 2;\n"
+      "@r ld.shared.u16 %2, [a];\n@r add.u32 a, a, 2;\n@s ld.shared.u16 %3, [a];\n}"
+      : "=&r"(v0), "=&r"(v1), "=&r"(v2), "=&r"(v3) : "r"(bits), "r"(a));
+}
 DEVICE uint4 lds128(u32 a) {
   uint4 v;
   asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
@@ -95,7 +106,8 @@ DEVICE void sts128(u32 a, uint4 v) {
 // What other thread blocks of the same launch wrote: past the first-level cache.
 DEVICE float4 load_fresh(const float4* p) {
   float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
 DEVICE float load_fresh(const float* p) {
@@ -108,19 +120,14 @@ DEVICE u32 load_fresh(const u32* p) {
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-DEVICE void store_global(void* p, uint4 v) {  // 16 bytes, aligned; the compiler splits what it cannot prove
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-DEVICE u32 load_acquire(const u32* p) {
-  u32 v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
 DEVICE u32 add_release(u32* p, u32 v) {
   u32 before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
   return before;
+}
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void store_global(void* p, uint4 v) {  // 16 bytes, aligned; the compiler splits what it cannot prove
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // ---- 16-bit floats: bfloat16, or float16 where HALF is set
@@ -136,6 +143,12 @@ DEVICE u32 pack2(float low, float high) {
 #else
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #endif
+  return v;
+}
+// v plus v of the lane `d` below, where there is one.
+DEVICE u32 add_from_below(u32 v, int d) {
+  asm volatile("{\n.reg .pred p;\n.reg .b32 t;\nshfl.sync.up.b32 t|p, %0, %1, 0, 0xffffffff;\n@p add.u32 %0, %0, t;\n}"
+               : "+r"(v) : "r"(d));
   return v;
 }
 // low | high << 16 for numbers below 2^16, on the multiplier: the pipe for permutations has enough to do.

@@ -6,7 +6,8 @@
 // Weights stand in the order of mma.m16n8k16's A fragments. Group i (0..7) of a unit, lane l: four weights, rows
 // l/4, l/4, l/4+8, l/4+8 and columns 16*(l%4) + 2*i + {0, 1}: so a lane meets 16 neighbouring columns of x, and step q
 // (0..3) of a unit multiplies groups 2q and 2q+1.
-//   bitmap16: 4 bits a (group, lane), 8 lanes a word, word 4*group + lane/8; then the kept values in bit order
+//   bitmap16: a word a lane, 4 bits a group, those of group i from bit 8*(i%4) + 4*(i/4) on; then the kept values, group
+//   after group, in each lane after lane
 //   dense16: 16 bytes a (step, lane); dense8: 16 bytes a (pair of steps, lane); dense4: 16 bytes a lane
 //   8-bit values: sign and magnitude. 4-bit values: codes, the even one in the low nibble.
 #pragma once
@@ -41,31 +42,45 @@ __device__ const float NF4[16] = {  // QLoRA's code book; code 7 is 0
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 #endif
 
-// The two codes of a byte as two 16-bit floats, for all bytes: 256 words of shared memory, empty for other encodings.
-constexpr int TABLE_WORDS = ENCODING == DENSE4 ? 256 : 1;
+// The two codes of a byte as two 16-bit floats, for all bytes, each 32 times, so that a lane stays in its own bank: 32 KB
+// of shared memory, none for other encodings.
+constexpr int TABLE_WORDS = ENCODING == DENSE4 ? 256 * 32 : 1;
 DEVICE void fill_table(u32* table) {
 #if ENCODING == DENSE4
-  for (int i = threadIdx.x; i < TABLE_WORDS; i += blockDim.x) table[i] = pack2(NF4[i & 15], NF4[i >> 4]);
+  for (int i = threadIdx.x; i < TABLE_WORDS; i += blockDim.x) table[i] = pack2(NF4[i / 32 & 15], NF4[i / 32 >> 4]);
 #endif
 }
 
 // One unit in shared memory, opened by a warp.
 struct Unit {
-  u32 start;        // of the unit
-  u32 word_values;  // bitmap16: where the values of bitmap word `lane` begin
+  u32 start;  // of the unit
+  // bitmap16: this lane's bits; by group, a byte each: values of lanes before it, and of all lanes
+  u32 word, before[2], in_all[2];
 
   DEVICE void open(u32 address, int lane) {
     start = address;
     if (HAS_BITMAP) {
-      const u32 word = lds32(start + lane * 4), count = __popc(word);
-      u32 upto = count;
+      word = lds32(start + lane * 4);
+      const u32 of_two = word - ((word >> 1) & 0x55555555u);
+      const u32 of_four = (of_two & 0x33333333u) + ((of_two >> 2) & 0x33333333u);
 #pragma unroll
-      for (int d = 1; d < 32; d <<= 1) {
-        const u32 v = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += v;
+      for (int h = 0; h < 2; h++) {
+        const u32 own = (of_four >> (4 * h)) & 0x0f0f0f0fu;
+        u32 upto = own;
+#pragma unroll
+        for (int d = 1; d < 32; d <<= 1) upto = add_from_below(upto, d);
+        before[h] = upto - own;
+        in_all[h] = __shfl_sync(~0u, upto, 31);
       }
-      word_values = start + BITMAP_BYTES + 2 * (upto - count);
     }
+  }
+
+  // bitmap16: where this lane's values of a group begin.
+  DEVICE u32 values_of(int group) const {
+    u32 at = start + BITMAP_BYTES;
+    if (group > 3) at = __dp4a(in_all[0], 0x02020202u, at);
+    if (group % 4) at = __dp4a(in_all[group / 4], 0x02020202u >> (32 - 8 * (group % 4)), at);
+    return __dp4a(before[group / 4], 2u << (8 * (group % 4)), at);
   }
 
   DEVICE float scale(int row) const { return half_to_float(lds16(start + BITMAP_BYTES + 2 * row)); }
@@ -92,29 +107,19 @@ struct Unit {
       for (int i = 0; i < 2; i++) {
         const u32 codes = lds32(values + lane * 16 + (2 * pair + i) * 4);
 #pragma unroll
-        for (int j = 0; j < 4; j++) a[i][j] = lds32(table + ((codes >> (8 * j)) & 255u) * 4);
+        for (int j = 0; j < 4; j++) a[i][j] = lds32(table + lane * 4 + ((codes >> (8 * j)) & 255u) * 128);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++) kept(4 * pair + i, lane, a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
+      for (int i = 0; i < 4; i++) kept(4 * pair + i, a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
     }
   }
 
-  // bitmap16: the four weights of a group, 0 where nothing is kept. The loop around it waits for shared memory
-  // and for the integer pipe about equally: fewer, wider loads with more picking were slower (docs/kernels.md).
-  DEVICE void kept(int group, int lane, u32& upper, u32& lower) const {
-    const int shift = 4 * (lane & 7);
-    const u32 word = lds32(start + group * 16 + (lane >> 3) * 4);
-    const u32 base = __shfl_sync(~0u, word_values, group * 4 + (lane >> 3));
-    const u32 v0 = base + 2 * __popc(word & ((1u << shift) - 1u));
-    const u32 bits = (((word >> shift) & 15u) * 0x00204081u) & 0x01010101u;  // one bit a byte
-    // The dot product adds the bytes kept before: the address of each candidate, read whether it is kept or not.
-    const u32 v1 = __dp4a(bits, 0x00000002u, v0);
-    const u32 v2 = __dp4a(bits, 0x00000202u, v0);
-    const u32 v3 = __dp4a(bits, 0x00020202u, v0);
-    const u32 keep = bits * 255u;
-    const u32 keep_upper = __byte_perm(keep, 0, 0x1100), keep_lower = __byte_perm(keep, 0, 0x3322);
-    upper = side_by_side(lds16(v0), lds16(v1)) & keep_upper;
-    lower = side_by_side(lds16(v2), lds16(v3)) & keep_lower;
+  // bitmap16: the four weights of a group, 0 where nothing is kept.
+  DEVICE void kept(int group, u32& upper, u32& lower) const {
+    u32 v0, v1, v2, v3;
+    lds16_where(word >> (8 * (group % 4) + 4 * (group / 4)), values_of(group), v0, v1, v2, v3);
+    upper = side_by_side(v0, v1);
+    lower = side_by_side(v2, v3);
   }
 };

@@ -40,9 +40,9 @@ struct Arguments {
   const float* bias;        // [N] or null
   const u8* x;              // [M, K] 16-bit; where ASYNC, as arrange_x leaves it
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
-  float4* partial;          // [grid][2][16 units][NT][32 lanes]
-  float4* u_partial;        // [a_splits][rank_tiles][NT][32 lanes]
-  u32* counters;            // launches [grid], parts of A done [16 tiles], warps done [row blocks]
+  float4* partial;          // [grid][2][16 units][NT][32 lanes], empty between launches
+  float4* u_partial;        // [2][a_splits][rank_tiles][NT][32 lanes], in turns; empty at first
+  u32* counters;            // [grid] launches
   int n_rows, n_columns, batch, wide;
   int slabs_per_block, rank_tiles, block_steps, a_splits;  // block_steps: steps of B a row block
   int weight_bytes, stage_bytes, stages;                   // of a stage: where x begins, its size; and their number

@@ -1,12 +1,10 @@
-// Partial sums of fused_linear.cu: waiting for them, adding them in order, turning them into u or into y.
+// Partial sums of fused_linear.cu: leaving them in memory, waiting for them, adding them in order, turning them into u
+// or into y.
 #pragma once
 #include "stream.cuh"
 
-// Wait until *counter, which only grows (modulo 2^32), has come to `target`.
-DEVICE void wait_for_count(const u32* counter, u32 target) {
-  while ((int)(load_acquire(counter) - target) < 0) {
-  }
-}
+constexpr u32 EMPTY = ~0u;  // in a place for a sum that is not there yet; as a float, a NaN that no product yields
+#define EMPTY_FLOAT __uint_as_float(EMPTY)
 
 DEVICE float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
@@ -18,6 +16,15 @@ DEVICE float4 as_floats(uint4 v) {
   return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
+DEVICE void store_sum(float4* to, float4 v) {
+  const uint4 bits = as_bits(v);
+  store_global(to, make_uint4(min(bits.x, EMPTY - 1), min(bits.y, EMPTY - 1), min(bits.z, EMPTY - 1), min(bits.w, EMPTY - 1)));
+}
+DEVICE void empty(float4* place) { store_global(place, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY)); }
+DEVICE bool is_empty(float4 v) {
+  const uint4 bits = as_bits(v);
+  return bits.x == EMPTY || bits.y == EMPTY || bits.z == EMPTY || bits.w == EMPTY;
+}
 DEVICE float4 bias_of(const Arguments& p, int row) {  // of rows row (x, y) and row + 8 (z, w)
   const float upper = p.bias && row < p.n_rows ? p.bias[row] : 0.f;
   const float lower = p.bias && row + 8 < p.n_rows ? p.bias[row + 8] : 0.f;
@@ -43,24 +50,37 @@ DEVICE void store_outputs(const Arguments& p, int row, int m, float4 v) {
   }
 }
 
-// For each of N tiles: first[0] + rest[0] + rest[stride] + ..., n_rest numbers, in this order; loads go side by side.
-template <int N>
+// For each of N tiles: the sums at first, rest, rest + stride, ..., n_rest numbers, added in this order as soon as they
+// are there; LOADS go side by side.
+template <int N, int LOADS>
 DEVICE void sum_in_order(const float4* first, const float4* rest, size_t stride, int n_rest, float4 (&sum)[N]) {
-  constexpr int AT_ONCE = LOADS / N < 1 ? 1 : LOADS / N;
-#pragma unroll
-  for (int t = 0; t < N; t++) sum[t] = load_fresh(first + t * 32);
+  constexpr int AT_ONCE = LOADS / N;
 #pragma unroll 1
-  for (int i = 0; i < n_rest; i += AT_ONCE) {
+  for (int i = -1; i < n_rest; i += AT_ONCE) {
     float4 v[AT_ONCE][N];
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++)
+    for (int j = 0; j < AT_ONCE * N; j++) v[j / N][j % N] = make_float4(EMPTY_FLOAT, 0.f, 0.f, 0.f);
+    bool all_there;
+    do {
+      all_there = true;
 #pragma unroll
-      for (int t = 0; t < N; t++) v[j][t] = load_fresh(rest + (size_t)min(i + j, n_rest - 1) * stride + t * 32);
+      for (int j = 0; j < AT_ONCE; j++) {
+        const float4* from = i + j < 0 ? first : rest + (size_t)(i + j) * stride;
+        if (i + j >= n_rest) break;
+#pragma unroll
+        for (int t = 0; t < N; t++)
+          if (is_empty(v[j][t])) v[j][t] = load_fresh(from + t * 32);
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+        for (int t = 0; t < N; t++) all_there &= i + j >= n_rest || !is_empty(v[j][t]);
+    } while (!all_there);
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++)
 #pragma unroll
       for (int t = 0; t < N; t++)
-        if (i + j < n_rest) sum[t] = sum[t] + v[j][t];
+        if (i + j < n_rest) sum[t] = i + j < 0 ? v[j][t] : sum[t] + v[j][t];
   }
 }
 

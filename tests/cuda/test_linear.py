@@ -117,6 +117,23 @@ def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
         assert torch.equal(product(x, out), first)
 
 
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
+    low_rank = adapters(2048, 1024, 64)
+    product = fused(weight(2048, 1024), low_rank, None, torch.bfloat16)
+    x = torch.randn(batch, 1024, device="cuda").bfloat16()
+    out = torch.zeros(batch, 2048, device="cuda")
+    expected = product(x, torch.zeros_like(out)).clone()
+    x[batch - 1, 100] = value
+    for _ in range(3):
+        product(x, out)
+    assert not out[batch - 1].isfinite().any()
+    assert torch.equal(out[: batch - 1], expected[: batch - 1])
+    x[batch - 1, 100] = 0.0
+    assert product(x, out).isfinite().all()
+
+
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [65, 128, 300])
 def test_many_rows_are_multiplied(encoding, batch):
