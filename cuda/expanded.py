@@ -15,33 +15,25 @@ import torch
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, table_bytes
 from .launching import Launch
-from .low_rank import LowRank
+from .low_rank import Factors
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
 _RESERVED_BYTES = 1024 + 512  # of shared memory a thread block: CUDA's own, and barriers
 _TILES_BYTES = 16 * 16 * 144
-_RANK_MULTIPLE = 8  # rows of the workspace begin at 16 bytes
 
 
 class ExpandedProduct:
     """y = x W^T + adapters + bias for x (M, K padded) of any M."""
 
-    def __init__(self, weight: SlabWeight, adapters: LowRank | None, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.lora_A = self.lora_B = None
-        if adapters is not None:
-            missing = weight.padded_columns - weight.n_columns
-            scaled = (adapters.lora_A.float() * adapters.scaling[:, None]).to(weight.dtype)
-            ranks = -len(scaled) % _RANK_MULTIPLE
-            self.lora_A = torch.nn.functional.pad(scaled, (0, missing, 0, ranks)).contiguous()
-            self.lora_B = torch.nn.functional.pad(adapters.lora_B.to(weight.dtype), (0, ranks))
+    def __init__(self, weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> None:
+        self.weight, self.factors = weight, factors
         self._bias = None if bias is None else bias.to(weight.dtype)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the product of x (M, K padded) to ``out`` (M, N) and return it."""
         weight = self.weight
-        wide = self._beside_u(x, 0 if self.lora_A is None else self.lora_A.shape[0])
+        wide = self._beside_u(x)
         rows = _rows_of_part(wide.shape[1], weight.n_row_blocks)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         buffer = _buffer(x.device, stream, weight.dtype, rows * wide.shape[1])
@@ -49,21 +41,22 @@ class ExpandedProduct:
             stop = min(start + rows, weight.n_rows)
             dense = buffer[: (stop - start) * wide.shape[1]].view(stop - start, -1)
             expand(weight, dense, start, stream)
-            if self.lora_B is not None:
-                dense[:, weight.padded_columns :].copy_(self.lora_B[start:stop])
+            if self.factors is not None:
+                self.factors.write_B(start, stop, dense[:, weight.padded_columns :])
             if self._bias is None:
                 torch.mm(wide, dense.T, out=out[:, start:stop])
             else:
                 torch.addmm(self._bias[start:stop], wide, dense.T, out=out[:, start:stop])
         return out
 
-    def _beside_u(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+    def _beside_u(self, x: torch.Tensor) -> torch.Tensor:
         """Return [x | scaled A x]."""
-        if self.lora_A is None:
+        if self.factors is None:
             return x
-        wide = x.new_empty(x.shape[0], x.shape[1] + rank)
+        scaled_a = self.factors.scaled_A
+        wide = x.new_empty(x.shape[0], x.shape[1] + len(scaled_a))
         wide[:, : x.shape[1]].copy_(x)
-        torch.mm(x, self.lora_A.T, out=wide[:, x.shape[1] :])
+        torch.mm(x, scaled_a.T, out=wide[:, x.shape[1] :])
         return wide
 
 

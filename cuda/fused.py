@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ LARGEST_BATCH = 64
 _SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
 _A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
-_GATHERERS = {8: 7, 16: 3}  # by WARPS, as in fused_linear.cu
 _RESERVED_BYTES = 1024 + 512  # of shared memory a thread block: CUDA's own, and barriers
 _MOST_STAGES = 16
 _RING_BYTES = 80 << 10  # more is slower: what an SM is late with waits behind what others have asked for in advance
@@ -45,7 +45,8 @@ class Tile:
     @property
     def n_threads(self) -> int:
         """Threads of a block: consumers, a warp that copies, warps that gather u."""
-        return (self.WARPS + 1 + _GATHERERS[self.WARPS]) * 32
+        gatherers = 7 if self.WARPS == 8 and self.NT < 8 else 3  # as in fused_linear.cu
+        return (self.WARPS + 1 + gatherers) * 32
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
@@ -215,7 +216,7 @@ class FusedProduct:
         weight_bytes = -(-int(largest) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
-        properties = torch.cuda.get_device_properties(index)
+        properties: Any = torch.cuda.get_device_properties(index)
         free_bytes = properties.shared_memory_per_block_optin - _RESERVED_BYTES - table_bytes(weight.encoding) - u_bytes
         stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
         if stages < 1:

@@ -17,7 +17,7 @@ from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
 from .fused import FusedProduct
 from .layouts import remember, slabs_of
-from .low_rank import LARGEST_RANK, LowRank, fragments
+from .low_rank import LARGEST_RANK, Factors, FragmentFactors, LowRank, MatrixFactors, fragments
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
 #: up to here, rows go through the fused kernel 64 at a time: 16-bit values, quantized values; measured, docs/kernels.md
@@ -35,7 +35,10 @@ class PreparedProduct:
         order = None if adapters is None or not small else fragments(adapters, dtype)
         wide_bias = None if bias is None else bias.float().contiguous()
         self._fused = FusedProduct(self.weight, order, wide_bias) if small else None
-        self._expanded = ExpandedProduct(self.weight, adapters, bias)
+        factors: Factors | None = None if order is None else FragmentFactors(order)
+        if adapters is not None and not small:
+            factors = MatrixFactors(adapters, self.weight.padded_columns, dtype)
+        self._expanded = ExpandedProduct(self.weight, factors, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""

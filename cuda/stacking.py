@@ -14,7 +14,7 @@ import torch
 from .device_layout import BLOCK_ROWS, SlabWeight
 from .expanded import ExpandedProduct
 from .fused import FusedProduct
-from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
+from .low_rank import LARGEST_RANK, FragmentFactors, Fragments, LowRank, fragments
 
 _TILE = 16  # ranks
 
@@ -122,6 +122,7 @@ def stack_ranks(layers: Sequence[Layer]) -> tuple[Fragments, list[tuple[int, int
         first_block += layer.weight.n_row_blocks
     together = Fragments(
         n_tiles=len(layers) * n_tiles,
+        block_tiles=n_tiles,
         lora_A=torch.cat([part.lora_A.view(n_slabs, -1) for part in parts], 1).reshape(-1),
         lora_B=torch.cat([part.lora_B for part in parts]),
         scaling=torch.cat([part.scaling for part in parts]),
@@ -147,7 +148,10 @@ class StackedProduct:
         ]
         bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).contiguous()
         self._fused = FusedProduct(stacked, ranks[0] if ranks else None, bias, ranks[1] if ranks else None)
-        self._expanded = [ExpandedProduct(layer.weight, layer.adapters, layer.bias) for layer in layers]
+        own = [FragmentFactors(ranks[0], tile, block) for block, tile, _ in ranks[1]] if ranks else [None] * len(layers)
+        self._expanded = [
+            ExpandedProduct(layer.weight, mine, layer.bias) for layer, mine in zip(layers, own, strict=True)
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, all N) of x (M, K), contiguous, in its dtype."""

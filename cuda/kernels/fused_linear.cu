@@ -16,7 +16,7 @@
 
 constexpr int RT = UNITS / WARPS;  // units a warp
 constexpr int CONSUMERS = WARPS * 32;
-constexpr int GATHERERS = WARPS == 8 ? 7 : 3;  // as many as registers allow
+constexpr int GATHERERS = WARPS == 8 && NT < 8 ? 7 : 3;  // as many as registers allow
 constexpr int THREADS = CONSUMERS + 32 + GATHERERS * 32;
 
 #include "sums.cuh"
@@ -211,8 +211,7 @@ DEVICE void gather(const Arguments& p, const Stream& stream, const LowRank& low_
     if (have >= 0) barrier_wait(low_rank.empty, phase), phase ^= 1;
     have = step;
     gather_u(p, low_rank.u, step, launch, gatherer, lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(low_rank.full);
+    arrive_for_warp(low_rank.full, lane);
   }
 }
 
@@ -240,18 +239,18 @@ DEVICE void store_whole(const Arguments& p, const Tiles& sum, int row_block, int
   }
 }
 
-// Add up this warp's share of a row block that several thread blocks worked on.
-DEVICE void finish_shared(const Arguments& p, int row_block, int2 sharers, int warp, int lane) {
-  constexpr int N = NT < 4 ? NT : 4;  // tiles at once
+// Add up this warp's share of a row block that several thread blocks worked on: every so many times N tiles.
+template <int N, int LOADS>
+DEVICE void finish_tiles(const Arguments& p, int row_block, int2 sharers, int warp, int lane) {
   const int n_sharers = sharers.y - sharers.x + 1;
+  const size_t stride = 2 * UNITS * NT * 32;
   for (int i = blockIdx.x - sharers.x + n_sharers * warp; i < UNITS * NT / N; i += n_sharers * WARPS) {
     const int tile = i * N, row = row_block * BLOCK_ROWS + tile / NT * UNIT_ROWS + (lane >> 2);
     const float4 bias = bias_of(p, row);
     float4 sum[N];
     float4* first = partial_of(p, sharers.x, true) + tile * 32 + lane;
     float4* rest = partial_of(p, sharers.x + 1, false) + tile * 32 + lane;
-    const size_t stride = 2 * UNITS * NT * 32;
-    sum_in_order<N, 8>(first, rest, stride, n_sharers - 1, sum);
+    sum_in_order<N, LOADS>(first, rest, stride, n_sharers - 1, sum);
 #pragma unroll
     for (int t = 0; t < N; t++) {
       empty(first + t * 32);
@@ -259,6 +258,13 @@ DEVICE void finish_shared(const Arguments& p, int row_block, int2 sharers, int w
       store_outputs(p, row, (tile + t) % NT * 8 + 2 * (lane & 3), sum[t] + bias);
     }
   }
+}
+
+DEVICE void finish_shared(const Arguments& p, int row_block, int2 sharers, int warp, int lane) {
+  if (NT == 1 || (sharers.y - sharers.x + 1) * WARPS >= UNITS * NT)
+    finish_tiles<1, 10>(p, row_block, sharers, warp, lane);
+  else
+    finish_tiles<NT < 4 ? NT : 4, 8>(p, row_block, sharers, warp, lane);
 }
 
 // What is needed late and is cold then: the bias of this thread block's rows, and the scaling.
@@ -295,7 +301,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
     const Segment segment(stream, row_block);
     for (int k = segment.first; k < segment.end(); k++) {
       if (k == segment.last && have != p.first_step[row_block]) {
-        if (have >= 0 && lane == 0) barrier_arrive(low_rank.empty);
+        if (have >= 0) arrive_for_warp(low_rank.empty, lane);
         have = p.first_step[row_block];
         barrier_wait(low_rank.full, phase);
         phase ^= 1;
@@ -332,10 +338,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __gr
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : 32);
-      barrier_init(shared_address(empty + i), WARPS);
+      barrier_init(shared_address(empty + i), WARPS * ARRIVALS_OF_WARP);
     }
-    barrier_init(shared_address(&u_full), GATHERERS);
-    barrier_init(shared_address(&u_empty), WARPS);
+    barrier_init(shared_address(&u_full), GATHERERS * ARRIVALS_OF_WARP);
+    barrier_init(shared_address(&u_empty), WARPS * ARRIVALS_OF_WARP);
     barrier_init_fence();
   }
   fill_table(table);

@@ -24,6 +24,15 @@ DEVICE void barrier_init_fence() {
 DEVICE void barrier_arrive(u32 bar) {
   asm volatile("{\n.reg .b64 s;\nmbarrier.arrive.shared.b64 s, [%0];\n}" ::"r"(bar) : "memory");
 }
+// What a warp has done is done: one lane says so for all, or, for a checker that does not know what __syncwarp means, each.
+#ifndef EACH_LANE_ARRIVES
+#define EACH_LANE_ARRIVES 0
+#endif
+constexpr int ARRIVALS_OF_WARP = EACH_LANE_ARRIVES ? 32 : 1;
+DEVICE void arrive_for_warp(u32 bar, int lane) {
+  __syncwarp();
+  if (EACH_LANE_ARRIVES || lane == 0) barrier_arrive(bar);
+}
 DEVICE bool barrier_poll(u32 bar, u32 phase) {
   u32 done;
 #if HAS_BULK_COPIES

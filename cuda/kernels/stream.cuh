@@ -61,8 +61,7 @@ struct Ring {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
   DEVICE void release(int lane, int stages) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty_bar());
+    arrive_for_warp(empty_bar(), lane);
     advance(stages);
   }
 };
