@@ -5,6 +5,7 @@ Invariant: what is streamed, joined, is the text that is returned; times are mea
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise OptionError(f"--max-tokens {self.max_tokens}", needed="1 or more")
-        if self.temperature is not None and self.temperature < 0:
-            raise OptionError(f"--temperature {self.temperature}", needed="0 or more")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise OptionError(f"--temperature {self.temperature}", needed="a number, 0 or more")
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of ``model.generate``."""

@@ -7,7 +7,6 @@ the file would not change if it did.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +37,9 @@ def mapped_tensor(file: SalrFile, name: str) -> torch.Tensor:
     raw = np.frombuffer(file.raw(name), np.uint8)
     if raw.ctypes.data % storage_dtype(stored.dtype).itemsize:
         raw = raw.copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # an empty tensor shares nothing
-        return torch.from_numpy(raw).view(_DTYPES[stored.dtype]).reshape(stored.shape)
+    if not raw.size:
+        return torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
+    return torch.from_numpy(raw).view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 class LazyTensor:

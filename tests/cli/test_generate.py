@@ -73,7 +73,9 @@ def test_without_a_prompt_each_line_is_answered_with_what_was_said_before(speake
     ("options", "message"),
     [
         (("--max-tokens", 0), "--max-tokens 0, needed 1 or more"),
-        (("--temperature", -1), "--temperature -1.0, needed 0 or more"),
+        (("--temperature", -1), "--temperature -1.0, needed a number, 0 or more"),
+        (("--temperature", "nan"), "--temperature nan, needed a number, 0 or more"),
+        (("--temperature", "inf"), "--temperature inf, needed a number, 0 or more"),
         (("--adapter", "style"), "adapter 'style', needed one of none: the model has none"),
         (("--adapter", "style=much"), "scale 'much', needed a number"),
         (("--backend", "quickest"), "backend 'quickest', needed one of"),
