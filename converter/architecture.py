@@ -6,14 +6,17 @@ and no weight of the checkpoint is touched. Without such a class, names and shap
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 
 from ..formats.errors import SourceError
+from .renaming import Renaming
 
 _ROUTER_LEAVES = {"gate", "router", "shared_expert_gate", "classifier"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -58,10 +61,12 @@ class Architecture:
 
     def __init__(self, checkpoint: Described) -> None:
         self._n_experts = {checkpoint.config.get(key) for key in EXPERT_COUNTS} - {None}
-        model = _meta_model(checkpoint)
+        #: the model class on the meta device, None without one
+        self.model = model = _meta_model(checkpoint)
         self.class_name = type(model).__name__ if model is not None else None
         self._prefix = getattr(model, "base_model_prefix", "") or ""
         self._roles = roles_of_model(model, self._n_experts) if model is not None else {}
+        self._renaming = Renaming(model, getattr(checkpoint, "tensors", ())) if model is not None else None
 
     def role(self, name: str, shape: tuple[int, ...]) -> Role:
         """Return the role of tensor ``name``."""
@@ -96,9 +101,26 @@ class Architecture:
         is_layer = role is None or (role.linear and len(role.shape or ()) == 2)
         return known[0].removesuffix(".weight") if is_layer else None
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """Tensors of the class that are another one of it: output embeddings, and the input embeddings they equal."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    @property
+    def blocks(self) -> tuple[str, int] | None:
+        """Name and length of the list of blocks: the module list with the most parameters."""
+        return name_of_blocks(self.model) if self.model is not None else None
+
+    def parameter(self, name: str) -> Role | None:
+        """Return the role of a parameter of the class by its name there; None if it has none of this name."""
+        return next((self._roles[n] for n in self.spellings(name) if n in self._roles), None)
+
     def spellings(self, name: str) -> list[str]:
-        """Return the names a tensor or module may have: as it is, with and without the base model's prefix."""
-        return spellings(name, self._prefix)
+        """Return the names a tensor or module may have in the checkpoint and in the model class, its own first."""
+        found = spellings(name, self._prefix)
+        if self._renaming is not None:
+            found += [other for spelled in found for other in self._renaming.others(spelled)]
+        return list(dict.fromkeys(found))
 
 
 def spellings(name: str, prefix: str) -> list[str]:
@@ -114,7 +136,7 @@ def _meta_model(checkpoint: Described) -> torch.nn.Module | None:
     if model_class is None or not isinstance(model_class, type):
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        config = model_config(checkpoint)
         with torch.device("meta"):
             model: torch.nn.Module = model_class(config)
     except Exception as error:  # transformers raises many types for a bad config; all mean the same here
@@ -124,6 +146,27 @@ def _meta_model(checkpoint: Described) -> torch.nn.Module | None:
             fix="check the config against the model's own",
         ) from error
     return model
+
+
+def model_config(checkpoint: Described) -> Any:
+    """Return the transformers config of a checkpoint, with what was changed since it was read.
+
+    Raises:
+        OSError, ValueError and others, as transformers does.
+    """
+    import transformers
+
+    with TemporaryDirectory(prefix="salr-config-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def name_of_blocks(model: torch.nn.Module) -> tuple[str, int] | None:
+    """Return name and length of the module list with the most parameters."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
+    sizes = {name: sum(parameter.numel() for parameter in blocks.parameters()) for name, blocks in lists.items()}
+    name = max(sizes, key=lambda name: sizes[name], default=None)
+    return None if name is None else (name, len(lists[name]))
 
 
 def roles_of_model(model: torch.nn.Module, n_experts: set[Any]) -> dict[str, Role]:
@@ -151,7 +194,8 @@ def _role_of_parameter(
     kind, shape = type(module).__name__, tuple(parameter.shape)
     conv1d = isinstance(module, Conv1D)
     linear = leaf == "weight" and (conv1d or isinstance(module, torch.nn.Linear))
-    if linear and (module_name.rsplit(".", 1)[-1] in _ROUTER_LEAVES or shape[0] in n_experts):
+    names_router = leaf == "weight" and len(shape) == 2 and module_name.rsplit(".", 1)[-1] in _ROUTER_LEAVES
+    if names_router or (linear and shape[0] in n_experts):
         return Role(False, True, "router", shape=shape)
     if linear:
         reason = f"{kind} in a block" if in_block else f"{kind} outside the blocks"

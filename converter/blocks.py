@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..formats.errors import CalibrationError
-from .architecture import Architecture
+from .architecture import Architecture, model_config, name_of_blocks
 from .sources import FLOAT_TORCH_DTYPES, Checkpoint
 
 
@@ -254,19 +254,20 @@ def _build_without_weights(checkpoint: Checkpoint) -> torch.nn.Module:
             path=checkpoint.directory,
             fix="convert it without --calibration",
         )
-    config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     with _parameters_on_meta():
-        model: torch.nn.Module = model_class(config)
+        model: torch.nn.Module = model_class(model_config(checkpoint))
     return model.eval()
 
 
 def _find_blocks(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[str, torch.nn.ModuleList]:
     """Return name and list of the blocks: the module list with the most parameters."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    if not lists:
+    found = name_of_blocks(model)
+    if found is None:
         raise CalibrationError(
             f"{checkpoint.architecture} has no list of blocks",
             path=checkpoint.directory,
             fix="convert without --calibration",
         )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    blocks = model.get_submodule(found[0])
+    assert isinstance(blocks, torch.nn.ModuleList)
+    return found[0], blocks

@@ -45,12 +45,13 @@ def _synthetic_tokens(checkpoint: Checkpoint, samples: int, length: int, generat
 
     Vocabularies of byte-pair and unigram tokenizers are so ordered; special tokens are left out.
     """
-    size = checkpoint.config.get("vocab_size")
+    text = checkpoint.config.get("text_config")  # of models that see, too
+    size = checkpoint.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     if not isinstance(size, int):
         raise CalibrationError(
             "no vocab_size in config.json", path=checkpoint.directory, fix="give a text with --calibration FILE"
         )
-    path = checkpoint.directory / "tokenizer.json"
+    path = checkpoint.folder / "tokenizer.json"
     tokenizer = read_json(path, "it orders the vocabulary") if path.is_file() else {}
     model = tokenizer.get("model")
     ordered = not (isinstance(model, dict) and model.get("type") == "WordPiece")
@@ -116,7 +117,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types; all mean that there is no usable tokenizer
         raise CalibrationError(
             f"no usable tokenizer ({str(error).splitlines()[0][:120]})",

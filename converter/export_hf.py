@@ -1,7 +1,8 @@
 """From a .salr file to a directory that transformers loads, packed.
 
-Invariant: the weight file holds the .salr file's very bytes under a name that transformers accepts; only config.json
-differs from what the model came with. Without SALR such a directory fails to load instead of loading at random.
+Invariant: the weight file holds the .salr file's very bytes under a name that transformers accepts; of what the model
+came with, only config.json differs, and README.md says what was done. Without SALR such a directory fails to load
+instead of loading at random.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from ..formats.errors import FormatError, OutputError
 from ..formats.output_directory import output_directory
 from ..formats.reader import SalrFile
+from .model_card import CardEvaluation, model_card
 
 WEIGHTS = "weights.salr.safetensors"
 GUARD = (
@@ -22,8 +24,13 @@ GUARD = (
 )
 
 
-def export_hf(path: str | Path, out: str | Path) -> Path:
+def export_hf(path: str | Path, out: str | Path, evaluation: CardEvaluation | None = None) -> Path:
     """Write the model of a .salr file as a directory for ``AutoModel...from_pretrained`` after ``import salr``.
+
+    Args:
+        path: the .salr file.
+        out: the directory to make, with a model card.
+        evaluation: for the card.
 
     Raises:
         SalrError: the file is damaged or carries no config.json, or the output exists or cannot be written.
@@ -36,6 +43,7 @@ def export_hf(path: str | Path, out: str | Path) -> Path:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(file.asset(name))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(model_card(file, evaluation), encoding="utf-8")
             shutil.copyfile(path, partial / WEIGHTS)
         except OSError as error:
             raise OutputError(

@@ -91,6 +91,7 @@ class ConvertOptions:
         overrides: (pattern, settings) pairs that replace fields of ``module``; later ones win.
         adapters: (name, directory) of LoRA adapters to keep exact.
         base: the base model when the source is an adapter directory.
+        revision: branch, tag or commit, when the source is an id of the Hugging Face hub.
         target_bits: mean bits per packed weight, adapters counted; chooses sparsity and rank of each module.
         device: ``cpu`` or ``cuda[:i]``.
         workers: threads that convert modules; None for one a core, at most 8. Never changes the bytes.
@@ -109,6 +110,7 @@ class ConvertOptions:
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     adapters: tuple[tuple[str, Path], ...] = ()
     base: Path | None = None
+    revision: str | None = None
     device: str = "cpu"
     workers: int | None = None
     force: bool = False

@@ -23,7 +23,7 @@ from .options import METHODS, ConvertOptions
 from .plan import ENCODING_OF, PlannedModule, is_solved
 from .prune import Groups
 from .quantization import Quantized, Quantizer
-from .sources import TORCH_ENCODINGS, Checkpoint
+from .sources import FLOAT_TORCH_DTYPES, TORCH_ENCODINGS, Checkpoint
 from .weighted import minus_product, output_energy
 
 _ERROR_ROWS = 256
@@ -114,9 +114,10 @@ def values_from(planned: PlannedModule, method: str) -> str:
 
 
 def source_matrices(entry: ModuleEntry, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
-    """Yield each (N, K) matrix of a module in its own dtype."""
-    weight = checkpoint.read(entry.source_tensor)
-    for matrix in weight if weight.ndim == 3 else [weight]:
+    """Yield each (N, K) matrix of a module in its own dtype, in float32 where it is computed."""
+    name, is_stack = entry.source_tensor, len(entry.shape) == 3
+    for expert in range(entry.shape[0] if is_stack else 1):
+        matrix = checkpoint.rows(name, expert, expert + 1)[0] if is_stack else checkpoint.read(name)
         yield matrix.T if entry.transposed else matrix
 
 
@@ -133,8 +134,9 @@ def _pack_matrix(
         raise SourceError(
             "holds NaN or infinity", path=checkpoint.directory, tensor=planned.entry.source_tensor, fix="save it again"
         )
-    problem = _problem(planned, weight, source.dtype, options, calibrated)
-    if planned.entry.encoding != ENCODING_OF[planned.entry.dtype]:
+    dtype = FLOAT_TORCH_DTYPES[planned.entry.dtype]
+    problem = _problem(planned, weight, dtype, options, calibrated)
+    if source.dtype != dtype or planned.entry.encoding != ENCODING_OF[planned.entry.dtype]:
         _check_range(planned, weight, problem, checkpoint)
     if is_solved(planned.entry):
         solution = solve(method, problem)

@@ -23,7 +23,7 @@ from ..formats.manifest import RESIDUAL, AdapterEntry
 from ..formats.output_directory import output_directory
 from ..formats.output_file import OutputFile
 from ..formats.reader import SalrFile
-from .adapters.source import CONFIG_NAME
+from .adapters.settings import CONFIG_NAME
 from .architecture import Architecture
 from .peft_config import PeftModule, adapter_config
 from .sources import architecture_of, read_json

@@ -14,25 +14,25 @@ import numpy as np
 import torch
 
 from ..formats import naming
-from ..formats.errors import OptionError, SourceError
+from ..formats.errors import OptionError
 from ..formats.manifest import Manifest
 from ..formats.output_file import check_output
 from ..formats.reader import SalrFile
 from ..formats.writer import SalrWriter
 from .adapters.records import input_file
-from .adapters.source import Adapter, is_adapter_directory
 from .budget import with_budget
 from .execution import Job, Outcome, Progress, beside, one_thread_each, resolve_device, worker_count
+from .opening import open_source
 from .options import ConvertOptions
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report
-from .sources import Checkpoint, sha256
+from .sources import sha256
 
 
 def convert(
     source: str | Path, out: str | Path, options: ConvertOptions | None = None, *, progress: Progress | None = None
 ) -> ConvertReport:
-    """Convert a Hugging Face model directory, or a PEFT LoRA directory, to one .salr file.
+    """Convert a model or a PEFT LoRA (a directory, a .gguf file or a hub id) to one .salr file.
 
     Raises:
         SourceError, AdapterError: the input cannot be read or converted.
@@ -63,7 +63,7 @@ def convert_plan(plan: Plan, out: str | Path, *, progress: Progress | None = Non
 
 def plan_conversion(source: str | Path, options: ConvertOptions) -> Plan:
     """Open the source with its adapters and decide what becomes of every tensor."""
-    checkpoint, adapters = open_source(Path(source), options)
+    checkpoint, adapters = open_source(source, options)
     plan = make_plan(checkpoint, adapters, options)
     if options.target_bits is None:
         return plan
@@ -75,29 +75,6 @@ def plan_conversion(source: str | Path, options: ConvertOptions) -> Plan:
     with one_thread_each(worker_count(options, device)) as pool:
         budgeted, _ = with_budget(plan, options, device, pool)
     return make_plan(checkpoint, adapters, budgeted)
-
-
-def open_source(source: Path, options: ConvertOptions) -> tuple[Checkpoint, list[Adapter]]:
-    """Open a model directory, or an adapter directory and its base.
-
-    Raises:
-        SourceError: an adapter's base is not on this machine.
-    """
-    named = list(options.adapters)
-    base = source
-    if is_adapter_directory(source):
-        adapter = Adapter(source, "default")
-        base = options.base or Path(adapter.base_model or "")
-        if not base.is_dir() or (not adapter.base_model and options.base is None):
-            raise SourceError(
-                f"base {adapter.base_model or 'of the adapter'!r} is not on this machine",
-                path=source,
-                fix="give --base DIR",
-            )
-        named.insert(0, ("default", source))
-    elif options.base is not None:
-        raise OptionError("--base", path=source, needed="an adapter directory as source", fix="drop --base")
-    return Checkpoint(base), [Adapter(directory, name) for name, directory in named]
 
 
 def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
@@ -121,14 +98,13 @@ def _copy_unchanged(plan: Plan, writer: SalrWriter) -> None:
     """Write what is carried along bit for bit: tensors that stay dense, and assets."""
     for tensor in plan.kept:
         writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
-    for name, path in plan.assets():
-        writer.write_pieces(naming.ASSET_PREFIX + name, [path.read_bytes()])
+    for asset in plan.assets():
+        writer.write_pieces(naming.ASSET_PREFIX + asset.name, [asset.read()])
 
 
 def _source_files(plan: Plan) -> list[tuple[str, Path]]:
     """Return the files read, each under the name that the ledger gives it."""
-    paths = [plan.checkpoint.directory / "config.json", *plan.checkpoint.weight_paths()]
-    files = [(path.name, path) for path in paths]
+    files = [(path.name, path) for path in plan.checkpoint.source_paths()]
     return files + [(input_file(a.name, path.name), path) for a in plan.adapters for path in a.weight_paths()]
 
 
@@ -141,7 +117,12 @@ def _manifest(plan: Plan, outcome: Outcome, device: torch.device, files: list[di
         checksums={},
         ledger=plan.ledger,
         options=outcome.options.recorded(),
-        source={"architecture": plan.checkpoint.architecture, "class": plan.class_name, "files": files},
+        source={
+            "architecture": plan.checkpoint.architecture,
+            "class": plan.class_name,
+            "files": files,
+            **plan.checkpoint.provenance,
+        },
         environment=_environment(device),
     )
 

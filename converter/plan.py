@@ -6,9 +6,8 @@ Invariant: each input tensor and each adapter key stands in the ledger exactly o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -20,11 +19,12 @@ from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine
 from .adapters.records import unpruned_reason
 from .adapters.source import Adapter
 from .architecture import Architecture
+from .ledger import ledger_lines
 from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
 from .options import ConvertOptions
 from .prune import global_kept_counts
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
-from .sources import Checkpoint, SourceTensor
+from .sources import Asset, Checkpoint, SourceTensor
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
 #: of float values as they are in the source
@@ -82,13 +82,12 @@ class Plan:
         """Return every tensor of the output except the manifest."""
         specs = [spec for module in self.modules for spec in module.specs()]
         specs += [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in self.kept]
-        specs += [TensorSpec(naming.ASSET_PREFIX + name, "U8", (path.stat().st_size,)) for name, path in self.assets()]
+        specs += [TensorSpec(naming.ASSET_PREFIX + a.name, "U8", (a.n_bytes,)) for a in self.assets()]
         return specs
 
-    def assets(self) -> Iterator[tuple[str, Path]]:
-        """Yield name and path of each file to carry along."""
-        for path in self.checkpoint.assets():
-            yield path.relative_to(self.checkpoint.directory).as_posix(), path
+    def assets(self) -> list[Asset]:
+        """Return each file to carry along."""
+        return self.checkpoint.assets()
 
 
 def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: ConvertOptions) -> Plan:
@@ -108,9 +107,9 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
         modules = _with_global_counts(modules, checkpoint, options)
     packed_names = {choice.tensor.name for choice in packed}
     kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
-    ledger = [LedgerLine(m.entry.source_tensor, "packed", m.reason, _file(checkpoint, m)) for m in modules]
-    ledger += [LedgerLine(c.tensor.name, "kept", c.reason, c.tensor.file) for c in kept]
-    ledger += [line for module in modules for pair in module.trained for line in pair.ledger_lines()]
+    fates = {m.entry.source_tensor: ("packed", m.reason) for m in modules}
+    fates |= {choice.tensor.name: ("kept", choice.reason) for choice in kept}
+    ledger = [*ledger_lines(checkpoint, fates), *(line for adapter in adapters for line in adapter.ledger_lines())]
     plan = Plan(
         options,
         checkpoint,
@@ -219,24 +218,20 @@ def _with_global_counts(
     return [replace(m, entry=replace(m.entry, nnz=nnz[m.name])) if m.name in nnz else m for m in modules]
 
 
-def _file(checkpoint: Checkpoint, module: PlannedModule) -> str:
-    return checkpoint.tensors[module.entry.source_tensor].file
-
-
 def _check_complete(plan: Plan) -> None:
     """Refuse a plan that forgets an input, or that would write one name twice."""
-    n_inputs = len(plan.checkpoint.tensors) + sum(len(adapter.keys) for adapter in plan.adapters)
+    n_inputs = len(plan.checkpoint.inputs) + sum(len(adapter.keys) for adapter in plan.adapters)
     if len(plan.ledger) != n_inputs:
         raise SourceError(
             f"{len(plan.ledger)} of {n_inputs} input tensors accounted for",
             path=plan.checkpoint.directory,
             fix="report this: the plan has lost a tensor",
         )
-    for name, path in plan.assets():
-        if not naming.is_asset_name(name):
+    for asset in plan.assets():
+        if not naming.is_asset_name(asset.name):
             raise SourceError(
                 "a file of this name cannot be carried along",
-                path=path,
+                path=asset.path,
                 needed="no ':', no backslash, and Unicode only",
                 fix="rename it, or take it out of the directory",
             )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..formats import naming
 from ..formats.errors import AdapterError, OptionError, SourceError
-from ..formats.manifest import AdapterEntry, LedgerLine
-from .adapters.records import TRAINED_ORIGIN, input_file, packed_reason
+from ..formats.manifest import AdapterEntry
+from .adapters.records import TRAINED_ORIGIN
 from .adapters.source import Adapter, LoraPair
 from .architecture import Architecture, Role
 from .module_options import matches
@@ -50,15 +50,8 @@ class TrainedPair:
 
     def entry(self) -> AdapterEntry:
         """Return what the manifest says of this pair."""
-        return AdapterEntry(self.adapter.name, self.pair.rank, self.pair.scaling, TRAINED_ORIGIN, self.pair.alpha)
-
-    def ledger_lines(self) -> list[LedgerLine]:
-        """Return the ledger's line for each factor."""
-        name = self.adapter.name
-        return [
-            LedgerLine(tensor.name, "packed", packed_reason(name), input_file(name, tensor.file))
-            for tensor in (self.pair.lora_A, self.pair.lora_B)
-        ]
+        pair = self.pair
+        return AdapterEntry(self.adapter.name, pair.rank, pair.scaling, TRAINED_ORIGIN, pair.alpha, pair.converted)
 
 
 def module_name(tensor: str) -> str:
@@ -73,7 +66,7 @@ def choose_tensors(checkpoint: Checkpoint, architecture: Architecture, options: 
         OptionError: an include, exclude or set pattern matches no module.
         SourceError: a tensor to be packed has the wrong shape or dtype.
     """
-    choices = {name: _choose(tensor, architecture, options) for name, tensor in checkpoint.tensors.items()}
+    choices = {name: _choose(tensor, checkpoint, architecture, options) for name, tensor in checkpoint.tensors.items()}
     modules = [module_name(name) for name in choices]
     for pattern in (*options.include, *options.exclude, *(pattern for pattern, _ in options.overrides)):
         if not any(matches(pattern, module) for module in modules):
@@ -95,15 +88,18 @@ def choose_tensors(checkpoint: Checkpoint, architecture: Architecture, options: 
     return choices
 
 
-def _choose(tensor: SourceTensor, architecture: Architecture, options: ConvertOptions) -> Choice:
+def _choose(
+    tensor: SourceTensor, checkpoint: Checkpoint, architecture: Architecture, options: ConvertOptions
+) -> Choice:
     role = architecture.role(tensor.name, tensor.shape)
     module = module_name(tensor.name)
+    reason = ", ".join(filter(None, [role.reason, checkpoint.remark(tensor.name)]))
     is_weight = role.packable or (len(tensor.shape) in (2, 3) and tensor.dtype in FLOAT_TORCH_DTYPES)
     if any(matches(pattern, module) for pattern in options.exclude):
         return Choice(tensor, role, False, "excluded by --exclude")
     if not role.packable and is_weight and any(matches(pattern, module) for pattern in options.include):
         return Choice(tensor, role, True, "included by --include")
-    return Choice(tensor, role, role.packable, role.reason)
+    return Choice(tensor, role, role.packable, reason)
 
 
 def check_packable(tensor: SourceTensor, role: Role, checkpoint: Checkpoint) -> None:
@@ -141,7 +137,8 @@ def match_adapters(
     trained: dict[str, list[TrainedPair]] = {}
     for adapter in adapters:
         for module, pair in adapter.pairs.items():
-            names = [f"{spelling}.weight" for spelling in architecture.spellings(module)]
+            spelled = architecture.spellings(module)
+            names = [f"{spelling}.weight" for spelling in spelled] if len(pair.lora_A.shape) == 2 else spelled
             name = next((name for name in names if name in choices), None)
             if name is None:
                 raise AdapterError(
@@ -165,10 +162,11 @@ def _check_pair(adapter: Adapter, module: str, pair: LoraPair, choice: Choice) -
             needed="a linear layer",
             fix="merge this adapter with peft and convert the result",
         )
-    n_rows, n_columns = reversed(shape) if role.transposed else shape
-    if (pair.lora_B.shape[0], pair.lora_A.shape[1]) != (n_rows, n_columns):
+    *experts, n_rows, n_columns = (*shape[:-2], *reversed(shape[-2:])) if role.transposed else shape
+    fits = pair.lora_A.shape == (*experts, pair.rank, n_columns) and pair.lora_B.shape == (*experts, n_rows, pair.rank)
+    if not fits:
         raise AdapterError(
-            f"factors for a {pair.lora_B.shape[0]} x {pair.lora_A.shape[1]} weight",
+            f"factors for a {pair.lora_B.shape[-2]} x {pair.lora_A.shape[-1]} weight",
             path=adapter.directory,
             tensor=module,
             needed=f"{n_rows} x {n_columns}",

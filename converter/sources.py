@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,17 +32,21 @@ TORCH_DTYPES = {
 FLOAT_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TORCH_ENCODINGS = {encoding: FLOAT_TORCH_DTYPES[dtype] for encoding, dtype in FLOAT_ENCODINGS.items()}
 
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _ASSETS = (
-    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-    "additional_chat_templates/*.jinja", "[0-9]_*/config.json",
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", *LICENCES, "additional_chat_templates/*.jinja",
+    "[0-9]_*/config.json",
 )  # fmt: skip
 _NOT_ASSETS = re.compile(r".*\.index\.json|adapter_config\.json|trainer_state\.json|training_args\..*")
-_PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a checkpoint: name, safetensors dtype, shape, and the file it lies in."""
+    """A tensor of a checkpoint: name, safetensors dtype, shape, and the file it lies in.
+
+    Of a tensor that is computed, the dtype is what it is rounded to where it is stored as it is.
+    """
 
     name: str
     dtype: str
@@ -124,12 +129,36 @@ def _table_of_tensors(loaded: object, path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
+@dataclass(frozen=True)
+class Asset:
+    """A small file to carry along: its relative name, where it came from, and its content where that was changed."""
+
+    name: str
+    path: Path
+    content: bytes | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+        return self.path.stat().st_size if self.content is None else len(self.content)
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        return self.path.read_bytes() if self.content is None else self.content
+
+
 class Checkpoint:
     """A Hugging Face model directory.
+
+    ``inputs`` are the tensors of its files and ``tensors`` those of the model, by name: the same ones here, not so in
+    checkpoints that are derived from others.
 
     Raises:
         SourceError: config or weights are missing, truncated, or the index names what is not there.
     """
+
+    #: where it came from and its licence, as far as that is known: ``repository``, ``revision``, ``license``
+    provenance: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -151,32 +180,74 @@ class Checkpoint:
         return tensors
 
     @property
+    def inputs(self) -> Mapping[str, SourceTensor]:
+        """The tensors of the files, by the names they have there."""
+        return self.tensors
+
+    def origin(self, name: str) -> str:
+        """Return the input that tensor ``name`` is made from."""
+        return name
+
+    def remark(self, name: str) -> str:
+        """Return what was done to a tensor before it is packed or kept, in words; empty for nothing."""
+        return ""
+
+    def set_aside(self) -> Mapping[str, tuple[str, str]]:
+        """Return fate and reason of each input that no tensor is made from."""
+        return {}
+
+    @property
+    def named(self) -> str:
+        """How to name it again: the hub's id, or the path of the directory or file."""
+        return self.provenance.get("repository") or str(self.location)
+
+    @property
+    def location(self) -> Path:
+        """The directory or file it is."""
+        return self.directory
+
+    @property
+    def folder(self) -> Path:
+        """Where config and tokenizer lie."""
+        return self.directory
+
+    @property
     def architecture(self) -> str | None:
         """The class that config.json names, if any."""
         return architecture_of(self.config)
 
     def raw(self, name: str) -> memoryview:
-        """Return a tensor's bytes, memory-mapped."""
+        """Return a tensor's bytes in its own dtype, memory-mapped."""
         return self._files[self.tensors[name].file].raw(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a float tensor, memory-mapped, in its own dtype."""
+        """Return a float tensor, memory-mapped, in its own dtype; in float32 where it is computed."""
         tensor = self.tensors[name]
         return tensor_from_bytes(self.raw(name), tensor.dtype, tensor.shape)
 
-    def pieces(self, name: str) -> list[memoryview]:
-        """Return a tensor's bytes in pieces of at most 16 MB."""
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return a part of a float tensor along its first dimension, as ``read`` does."""
+        return self.read(name)[start:stop]
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in pieces of at most 16 MB."""
         raw = self.raw(name)
-        return [raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES)]
+        for start in range(0, len(raw), PIECE_BYTES):
+            yield raw[start : start + PIECE_BYTES]
 
     def weight_paths(self) -> list[Path]:
         """Return the weight files in name order."""
         return [file.path for _, file in sorted(self._files.items())]
 
-    def assets(self) -> list[Path]:
+    def source_paths(self) -> list[Path]:
+        """Return the files that shape the bytes: config and weights."""
+        return [self.directory / "config.json", *self.weight_paths()]
+
+    def assets(self) -> list[Asset]:
         """Return config, tokenizer, chat template, processor and licence files, by relative name."""
         found = {path for pattern in _ASSETS for path in self.directory.glob(pattern)}
-        return sorted(path for path in found if path.is_file() and not _NOT_ASSETS.fullmatch(path.name))
+        paths = sorted(path for path in found if path.is_file() and not _NOT_ASSETS.fullmatch(path.name))
+        return [Asset(path.relative_to(self.directory).as_posix(), path) for path in paths]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -260,6 +331,6 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 digest of a file."""
     state = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(PIECE_BYTES):
             state.update(piece)
     return state.hexdigest()

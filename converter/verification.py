@@ -51,7 +51,11 @@ def compare_with_source(
     """
     merged = [line for line in file.manifest.ledger if records.is_folded(line)]
     given = tuple(pair for pair in adapters if not any(line.file.startswith(f"{pair[0]}/") for line in merged))
-    plan = plan_conversion(source, _recorded_options(file, given, base))
+    options = _recorded_options(file, given, base)
+    recorded = file.manifest.source
+    if recorded.get("repository") == str(source) and isinstance(recorded.get("revision"), str):
+        options = replace(options, revision=recorded["revision"])
+    plan = plan_conversion(source, options)
     _require_adapters(file, plan)
     same = plan.ledger == tuple(line for line in file.manifest.ledger if line not in merged)
     yield "ledger", None if same else _mismatch(file, "ledger", "the source has other tensors")
@@ -60,9 +64,9 @@ def compare_with_source(
     for tensor in plan.kept:
         same = tensor.name in file.tensors and plan.checkpoint.raw(tensor.name) == file.raw(tensor.name)
         yield tensor.name, None if same else _mismatch(file, tensor.name, "differs from the source's tensor")
-    for name, path in plan.assets():
-        same = name in file.assets and file.asset(name) == path.read_bytes()
-        yield name, None if same else _mismatch(file, name, "differs from the source's file")
+    for asset in plan.assets():
+        same = asset.name in file.assets and file.asset(asset.name) == asset.read()
+        yield asset.name, None if same else _mismatch(file, asset.name, "differs from the source's file")
     known = {spec.name for spec in plan.specs()} | _merged_tensors(file) | {MANIFEST_NAME}
     for name in sorted(set(file.tensors) - known):
         yield name, _mismatch(file, name, "the source has nothing of this name")

@@ -22,6 +22,7 @@ from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, check_digest, rewriting
+from ..opening import locate
 from ..packing import squared_norm
 from ..sources import sha256
 from . import records
@@ -40,14 +41,15 @@ def add_adapter(
     destination: Destination = _IN_PLACE,
     progress: Progress = lambda done, total: None,
 ) -> AdapterSummary:
-    """Add a PEFT LoRA directory to a .salr file, its factors bit for bit; ``name`` defaults to the directory's.
+    """Add a PEFT LoRA (a directory or a hub id) to a .salr file, bit for bit; ``name`` defaults to the directory's.
 
     Raises:
         AdapterError: the name is taken, a key matches no packed module, or shapes disagree.
         SalrError: file or directory cannot be read, or the output cannot be written.
     """
-    file, adapter = SalrFile(path), Adapter(directory, name or Path(directory).resolve().name)
+    file, adapter = SalrFile(path), Adapter(locate(directory).path, name or Path(directory).resolve().name)
     check_new_name(file, adapter.name)
+    _check_is_factors(adapter)
     matched = match_modules(file, adapter)
     modules = {
         module: replace(entry, adapters=(*entry.adapters, matched[module].entry())) if module in matched else entry
@@ -62,7 +64,7 @@ def add_adapter(
             {"name": records.input_file(adapter.name, path.name), "sha256": sha256(path)}
             for path in adapter.weight_paths()
         ]
-        lines = [line for pair in matched.values() for line in pair.ledger_lines()]
+        lines = adapter.ledger_lines()
         ledger, source = records.with_lines(file.manifest, lines), records.with_files(file.manifest, files)
         writer.finish(replace(file.manifest, modules=modules, ledger=ledger, source=source))
     return summarize(SalrFile(destination.of(file)), adapter.name)
@@ -79,6 +81,7 @@ def remove_adapter(
     """
     file = SalrFile(path)
     removed = summarize(file, name)
+    check_is_separate(file, name, "removed")
     if name == RESIDUAL:
         _check_residual_is_free(file, "removed")
     modules = {module: _without(entry, name) for module, entry in file.modules.items()}
@@ -114,6 +117,7 @@ def scale_adapter(
     if (factor is None) == (scaling is None):
         raise OptionError("a factor and a scaling" if factor is not None else "no factor", needed="one of both")
     adapter_uses(file, name)
+    check_is_separate(file, name, "scaled")
     if name == RESIDUAL:
         _check_residual_is_free(file, "scaled")
     modules = {}
@@ -137,6 +141,32 @@ def check_new_name(file: SalrFile, name: str) -> None:
     if any(records.is_folded(line) and line.file.startswith(prefix) for line in file.manifest.ledger):
         raise AdapterError(
             f"the ledger lists an adapter '{name}' that was merged", path=file.path, fix="give another name"
+        )
+
+
+def _check_is_factors(adapter: Adapter) -> None:
+    """Refuse an adapter of which a part belongs into the base."""
+    if adapter.needs_base is not None:
+        raise AdapterError(
+            f"it has {adapter.needs_base}",
+            path=adapter.directory,
+            needed="factors of linear layers alone",
+            fix="convert the source again with --adapter",
+        )
+
+
+def check_is_separate(file: SalrFile, name: str, done: str) -> None:
+    """Refuse to touch an adapter of which a part is in the base: magnitudes, biases, embeddings, whole tensors.
+
+    Raises:
+        AdapterError: see above.
+    """
+    line = next((line for line in file.manifest.ledger if records.is_in_base(line, name)), None)
+    if line is not None:
+        raise AdapterError(
+            f"adapter '{name}' cannot be {done}: a part of it is in the base ({line.key})",
+            path=file.path,
+            fix="convert the source again",
         )
 
 

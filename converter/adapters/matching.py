@@ -5,11 +5,18 @@ Invariant: every factor is matched, or the adapter is refused with the key and t
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
 from ...formats.errors import AdapterError
 from ...formats.manifest import ModuleEntry
 from ...formats.reader import SalrFile
-from ..architecture import spellings
+from ..architecture import Architecture, spellings
 from ..selection import TrainedPair
+from ..sources import architecture_of
 from .source import Adapter
 
 
@@ -22,9 +29,12 @@ def match_modules(file: SalrFile, adapter: Adapter) -> dict[str, TrainedPair]:
     if not adapter.pairs:
         raise AdapterError("holds no factors", path=adapter.directory, fix="save the adapter again")
     prefix = _base_model_prefix(file)
+    known = {key: spellings(key, prefix) for key in adapter.pairs}
+    if any(not set(names) & set(file.modules) for names in known.values()):
+        known = {key: names + _renamed(file, key) for key, names in known.items()}
     matched, unmatched = {}, []
     for key, pair in adapter.pairs.items():
-        module = next((name for name in spellings(key, prefix) if name in file.modules), None)
+        module = next((name for name in known[key] if name in file.modules), None)
         if module is None:
             unmatched.append(key)
             continue
@@ -43,6 +53,38 @@ def _base_model_prefix(file: SalrFile) -> str:
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     prefix = getattr(model_class, "base_model_prefix", None)
     return prefix if isinstance(prefix, str) else ""
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """The config that a file carries, and the names of the tensors that its modules were."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str | None:
+        return architecture_of(self.config)
+
+
+def _renamed(file: SalrFile, key: str) -> list[str]:
+    """Return the names that transformers gives a module of its class in a checkpoint."""
+    architecture = _architecture(file)
+    return [] if architecture is None else architecture.spellings(key)
+
+
+@lru_cache(maxsize=1)
+def _architecture(file: SalrFile) -> Architecture | None:
+    if "config.json" not in file.assets:
+        return None
+    try:
+        config = json.loads(file.asset("config.json"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    return Architecture(_Carried(file.path, config, tuple(e.source_tensor for e in file.modules.values())))
 
 
 def _check_shape(adapter: Adapter, key: str, shape: tuple[int, int], entry: ModuleEntry) -> None:

@@ -27,7 +27,7 @@ from ...formats.rewriting import Destination, rewriting
 from ..execution import one_thread_each
 from ..lowrank import fix_signs
 from . import records
-from .editing import Progress, check_new_name
+from .editing import Progress, check_is_separate, check_new_name
 from .summary import AdapterSummary, summarize
 
 _IN_PLACE = Destination()
@@ -124,6 +124,7 @@ def _check_request(file: SalrFile, names: Sequence[str], into: str, rank: int | 
         )
     for name in names:
         summarize(file, name)
+        check_is_separate(file, name, "merged")
     if not is_adapter_name(into) or into == RESIDUAL:
         raise AdapterError(
             f"adapter name {into!r}", path=file.path, needed=f"letters, digits, '_' and '-', and not '{RESIDUAL}'"

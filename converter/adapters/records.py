@@ -24,9 +24,20 @@ def input_file(adapter: str, file: str) -> str:
     return f"{adapter}/{file}"
 
 
-def packed_reason(adapter: str) -> str:
-    """Return why the ledger says ``packed`` of an adapter's key."""
-    return f"factor of adapter '{adapter}', bit for bit"
+def packed_reason(adapter: str, how: str = "bit for bit") -> str:
+    """Return why the ledger says ``packed`` of an adapter's key, and how it is stored."""
+    return f"factor of adapter '{adapter}', {how}"
+
+
+def base_reason(adapter: str, what: str) -> str:
+    """Return why the ledger says ``folded`` of an adapter's key that is a part of the base now."""
+    return f"{what}, which adapter '{adapter}' cannot be separated from"
+
+
+def is_in_base(line: LedgerLine, adapter: str) -> bool:
+    """Tell whether a ledger line is about a key of ``adapter`` that is a part of the base."""
+    own_file = line.file.startswith(input_file(adapter, ""))
+    return own_file and line.fate == "folded" and not line.reason.startswith(_MERGED_INTO)
 
 
 def unpruned_reason(reason: str) -> str:
@@ -72,7 +83,8 @@ def as_made(adapters: Sequence[AdapterEntry], planned: Sequence[AdapterEntry]) -
 def owns(line: LedgerLine, adapter: str) -> bool:
     """Tell whether a ledger line is about a key that lives in ``adapter`` now."""
     own_file = line.file.startswith(input_file(adapter, ""))
-    return (own_file and line.reason == packed_reason(adapter)) or line.reason == merged_reason(adapter)
+    is_own = line.fate == "dropped" or line.reason.startswith(packed_reason(adapter, ""))
+    return (own_file and is_own) or line.reason == merged_reason(adapter)
 
 
 def is_folded(line: LedgerLine) -> bool:

@@ -5,51 +5,46 @@ Invariant: an adapter is either understood completely or refused with the reason
 
 from __future__ import annotations
 
-import math
-import re
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from ...formats.dtypes import byte_view
 from ...formats.errors import AdapterError
-from ...formats.manifest import RESIDUAL, is_adapter_name
-from ..sources import SourceTensor, open_weights, read_json
+from ...formats.manifest import RESIDUAL, LedgerLine, is_adapter_name
+from ..sources import SourceTensor, open_weights, read_json, tensor_from_bytes
+from .keys import Factors, Parts, sort_keys
+from .records import input_file, packed_reason
+from .refusals import check_config
+from .settings import CONFIG_NAME, LoraSettings
 
-CONFIG_NAME = "adapter_config.json"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-_FLOATS = ("BF16", "F16", "F32")
-_LARGEST_ALPHA = 1e30
-
-#: settings that change the result in a way which this version has no exact form for
-_REFUSED = {
-    "use_dora": "DoRA rescales the rows of the base",
-    "lora_bias": "lora_bias adds a bias to lora_B",
-    "modules_to_save": "modules_to_save replaces whole modules",
-    "trainable_token_indices": "trainable_token_indices replaces embedding rows",
-    "target_parameters": "target_parameters adapts bare parameters",
-    "layer_replication": "layer_replication repeats layers",
-    "alora_invocation_tokens": "aLoRA is active for a part of the prompt only",
-    "use_qalora": "QALoRA pools its inputs",
-    "arrow_config": "Arrow routes between adapters",
-}
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: computes a factor in the dtype of its tensor
+Factor = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The factors of one module: lora_A (r, K), lora_B (N, r), and y += scaling * lora_B (lora_A x)."""
+    """The factors of one module: lora_A ([E,] r, K), lora_B ([E,] N, r), and y += scaling * lora_B (lora_A x).
+
+    ``converted`` is the formula by which they follow from the trained tensors; None where they are those.
+    """
 
     lora_A: SourceTensor
     lora_B: SourceTensor
     rank: int
     alpha: float
     scaling: float
+    converted: str | None = None
 
 
 class Adapter:
     """A PEFT LoRA directory.
 
     ``pairs`` maps the adapter's module names (as in the transformers model it was trained on) to their factors.
+    ``parts`` holds everything else; what depends on the base is resolved by ``binding.bind``.
 
     Raises:
         AdapterError: another PEFT type, a refused feature, a factor without its partner, or an unknown key.
@@ -66,10 +61,14 @@ class Adapter:
                 fix="give another one: --adapter NAME=DIR",
             )
         self.config = read_json(self.directory / CONFIG_NAME, "a PEFT adapter directory has one")
-        self._check_config()
+        check_config(self.config, self.directory)
+        self.settings = LoraSettings(self.config, self.directory)
         self._files = open_weights(self.directory, "adapter_model")
         self.keys = {key: tensor for file in self._files for key, tensor in file.tensors().items()}
-        self.pairs = self._read_pairs()
+        self.parts: Parts = sort_keys(self.keys, self.settings, self.directory)
+        self.pairs = {module: self.pair(module, both) for module, both in sorted(self.parts.linear.items())}
+        self._computed: Mapping[str, Factor] = {}
+        self._fates: Mapping[str, tuple[str, str]] = {}
 
     @property
     def base_model(self) -> str | None:
@@ -77,61 +76,57 @@ class Adapter:
         base = self.config.get("base_model_name_or_path")
         return base if isinstance(base, str) and base else None
 
+    @property
+    def needs_base(self) -> str | None:
+        """What of it can only be converted together with its base, in words; None where it is factors alone."""
+        if self.settings.start:
+            return f"factors that {self.settings.start} took out of the base"
+        return "repeated layers" if self.settings.layer_ranges() else self.parts.beside_factors()
+
     def raw(self, key: str) -> memoryview:
-        """Return a factor's bytes, memory-mapped."""
+        """Return a factor's bytes, memory-mapped unless it is computed."""
+        if key in self._computed:
+            return byte_view(self._computed[key]().contiguous().reshape(-1).view(torch.uint8).numpy())
         file = next(file for file in self._files if file.path.name == self.keys[key].file)
         return file.raw(key)
+
+    def read(self, tensor: SourceTensor) -> torch.Tensor:
+        """Return one of its tensors in its own dtype; callers must not write to it."""
+        return tensor_from_bytes(self.raw(tensor.name), tensor.dtype, tensor.shape)
 
     def weight_paths(self) -> list[Path]:
         """Return the files with factors."""
         return [file.path for file in self._files]
 
-    def _check_config(self) -> None:
-        kind = self.config.get("peft_type")
-        if kind != "LORA":
-            raise self._refused(f"PEFT type {kind} is not a plain LoRA")
-        for key, reason in _REFUSED.items():
-            if self.config.get(key):
-                raise self._refused(reason)
-        if self.config.get("bias", "none") != "none":
-            raise self._refused(f"bias={self.config['bias']!r} trains biases of the base")
-        init = self.config.get("init_lora_weights")
-        if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-            raise self._refused(f"init_lora_weights={init!r} changed the base weights it was trained on")
+    def bound(
+        self, pairs: Mapping[str, LoraPair], computed: Mapping[str, Factor], fates: Mapping[str, tuple[str, str]]
+    ) -> Adapter:
+        """Return it with the pairs it has on a certain base.
 
-    def _refused(self, reason: str) -> AdapterError:
-        return AdapterError(
-            f"{reason}, which has no exact form here yet",
-            path=self.directory,
-            needed="a plain LoRA",
-            fix="merge it into its base with peft's merge_and_unload and convert the result",
-        )
+        Args:
+            pairs: by module.
+            computed: factors by the name of their tensor.
+            fates: fate and reason of each key that is no factor bit for bit.
+        """
+        twin = copy.copy(self)
+        twin.pairs, twin._computed, twin._fates = dict(pairs), dict(computed), dict(fates)
+        return twin
 
-    def _read_pairs(self) -> dict[str, LoraPair]:
-        factors: dict[str, dict[str, SourceTensor]] = {}
-        for key, tensor in self.keys.items():
-            match = _KEY.fullmatch(key)
-            if match is None:
-                raise AdapterError(
-                    "is no lora_A or lora_B weight of a linear layer",
-                    path=self.directory,
-                    tensor=key,
-                    fix="merge this adapter with peft and convert the result",
-                )
-            if tensor.dtype not in _FLOATS or len(tensor.shape) != 2:
-                raise AdapterError(
-                    f"{tensor.dtype} {list(tensor.shape)}", path=self.directory, tensor=key, needed="a float matrix"
-                )
-            factors.setdefault(match["module"], {})[match["factor"]] = tensor
-        return {module: self._pair(module, both) for module, both in sorted(factors.items())}
+    def ledger_lines(self) -> list[LedgerLine]:
+        """Return the ledger's line for each key."""
+        usual = "packed", packed_reason(self.name)
+        return [
+            LedgerLine(key, *self._fates.get(key, usual), input_file(self.name, tensor.file))
+            for key, tensor in self.keys.items()
+        ]
 
-    def _pair(self, module: str, factors: dict[str, SourceTensor]) -> LoraPair:
-        if len(factors) != 2:
-            missing = "lora_B" if "A" in factors else "lora_A"
-            raise AdapterError(
-                f"{missing} is missing", path=self.directory, tensor=module, fix="save the adapter again"
-            )
-        rank, alpha = self._rank(module), self._alpha(module)
+    def pair(self, module: str, factors: Factors) -> LoraPair:
+        """Return both factors of a module as they were trained.
+
+        Raises:
+            AdapterError: their shapes or dtypes do not fit each other or the settings.
+        """
+        rank = self.settings.rank(module)
         lora_a, lora_b = factors["A"], factors["B"]
         if lora_a.shape[0] != rank or lora_b.shape[1] != rank:
             raise AdapterError(
@@ -149,37 +144,7 @@ class Adapter:
                 needed="one dtype for both",
                 fix="save the adapter again",
             )
-        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return LoraPair(lora_a, lora_b, rank, alpha, scaling)
-
-    def _rank(self, module: str) -> int:
-        rank = self._resolve("rank_pattern", "r", module)
-        if type(rank) is not int or rank < 1:
-            raise self._senseless("r", rank, "a positive integer")
-        return rank
-
-    def _alpha(self, module: str) -> float:
-        alpha = self._resolve("alpha_pattern", "lora_alpha", module)
-        if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST_ALPHA:
-            raise self._senseless("lora_alpha", alpha, "a finite number")
-        return float(alpha)
-
-    def _resolve(self, pattern_key: str, default_key: str, module: str) -> Any:
-        """Return a module's setting as PEFT resolves it: the first pattern that ends its name, or the default."""
-        patterns = self.config.get(pattern_key) or {}
-        if not isinstance(patterns, dict):
-            raise self._senseless(pattern_key, patterns, "an object")
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise self._senseless(pattern_key, pattern, "regular expressions") from error
-        return self.config.get(default_key)
-
-    def _senseless(self, key: str, value: object, needed: str) -> AdapterError:
-        found = f"{key} is {value!r:.80}" if key in self.config else f"{key} is missing"
-        return AdapterError(found, path=self.directory / CONFIG_NAME, needed=needed, fix="save the adapter again")
+        return LoraPair(lora_a, lora_b, rank, self.settings.alpha(module), self.settings.scaling(module))
 
 
 def is_adapter_directory(path: Path) -> bool:

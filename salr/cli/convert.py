@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face model or PEFT LoRA directory.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Directory or hub id of a model or a PEFT LoRA, or a .gguf file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.salr", help="The file to make.")],
     sparsity: Annotated[float | None, typer.Option(help="Fraction removed, 0 to 0.95.", show_default="0.5")] = None,
     rank: Annotated[
@@ -67,8 +69,13 @@ def convert(
     ] = None,
     length: Annotated[int, typer.Option("--calibration-length", help="Tokens a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    adapter: Annotated[list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact; repeatable.")] = [],  # noqa: B006
-    base: Annotated[Path | None, typer.Option(help="The base model of a LoRA directory.")] = None,
+    adapter: Annotated[
+        list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact, directory or hub id; repeatable.")
+    ] = [],  # noqa: B006
+    base: Annotated[Path | None, typer.Option(help="The base model of a LoRA: directory or hub id.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="main")
+    ] = None,
     include: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to pack besides.")] = [],  # noqa: B006
     exclude: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to keep dense.")] = [],  # noqa: B006
     target_bits: Annotated[
@@ -88,7 +95,7 @@ def convert(
     quiet: console.Quiet = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Convert SRC (a Hugging Face model directory, or a LoRA directory with --base) to one .salr file."""
+    """Convert SRC (a model, or a LoRA with its base; a directory, a .gguf file or a hub id) to one .salr file."""
     from ..converter.module_options import module_options, parse_override, read_recipe
     from ..converter.options import ConvertOptions
     from ..converter.pipeline import convert_plan, plan_conversion
@@ -113,6 +120,7 @@ def convert(
         overrides=(*(read_recipe(recipe) if recipe else ()), *(parse_override(text) for text in settings)),
         adapters=parse_adapters(adapter),
         base=base,
+        revision=revision,
         target_bits=target_bits,
         device=device,
         workers=workers,
@@ -181,7 +189,7 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     disk = sum(spec.n_bytes for spec in plan.specs())
     free = shutil.disk_usage(out.parent).free
     console.say(
-        f"{checkpoint.directory.name}   {checkpoint.architecture or 'no model class'}, {'/'.join(dtypes).lower()}, "
+        f"{Path(checkpoint.named).name}   {checkpoint.architecture or 'no model class'}, {'/'.join(dtypes).lower()}, "
         f"{console.count(n_parameters)} parameters, {console.megabytes(n_bytes)}",
         quiet=quiet,
     )
@@ -219,8 +227,11 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     for warning in (*report.notes, *size_warnings(report)):
         console.say(f"! {warning}", quiet=quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
-    console.say(f"next:  salr verify {report.path} --against {plan.checkpoint.directory}", quiet=quiet)
-    console.say(f"       salr eval {report.path} --reference {plan.checkpoint.directory} --text FILE", quiet=quiet)
+    checkpoint = plan.checkpoint
+    given = "".join(f" --adapter {adapter.name}={adapter.directory}" for adapter in plan.adapters)
+    console.say(f"next:  salr verify {report.path} --against {checkpoint.named}{given}", quiet=quiet)
+    if checkpoint.location.is_dir():
+        console.say(f"       salr eval {report.path} --reference {checkpoint.location} --text FILE", quiet=quiet)
     console.say(f"       salr inspect {report.path} --html page.html", quiet=quiet)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import console
+from .eval import result_cells
+
+if TYPE_CHECKING:
+    from ..converter.model_card import CardEvaluation
 
 app = typer.Typer(no_args_is_help=True, help="Write a .salr file in the form that other tools run.")
 
@@ -45,18 +49,35 @@ def peft(
 def hf(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A .salr file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT/", help="The directory to make.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE.json", help="What `salr eval --save` wrote, for the model card."),
+    ] = None,
     quiet: console.Quiet = False,
 ) -> None:
-    """Write a directory that transformers loads, packed, after `import salr`."""
+    """Write a directory that transformers loads, packed, after `import salr`, with a model card."""
     from ..converter.export_hf import export_hf
 
-    export_hf(path, out)
+    export_hf(path, out, None if evaluation is None else _recorded(evaluation))
     console.say(f"wrote {out}", quiet=quiet)
     console.say(
         f'next:  python -c "import salr; from transformers import AutoModelForCausalLM as A; '
         f"A.from_pretrained('{out}')\"",
         quiet=quiet,
     )
+
+
+def _recorded(path: Path) -> CardEvaluation:
+    """Return a recorded evaluation as the table of a model card."""
+    from ..converter.model_card import CardEvaluation
+    from ..evaluation.results import read_results
+
+    found = read_results(path)
+    results, protocol = found.results, found.protocol
+    compared = any(result.is_reference for result in results)
+    columns = ["model", "bits/weight", "size", "perplexity", *(["ratio", "agreement", "KL (nats)"] if compared else [])]
+    told = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
+    return CardEvaluation(f"Measured by `salr eval`: {told}.", columns, [result_cells(r, compared) for r in results])
 
 
 @app.command("onnx")

@@ -115,6 +115,9 @@ class _InMemory:
         assert name == self._name
         return self._weight
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.read(name)[start:stop]
+
 
 def _in_memory(name: str, weight: torch.Tensor) -> Checkpoint:
     return cast(Checkpoint, _InMemory(name, weight))

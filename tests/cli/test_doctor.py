@@ -41,3 +41,16 @@ def test_export_refuses_what_exists_and_what_has_no_config(fails, speaker, draft
     draft.drop("assets/config.json")
     path = draft.write(tmp_path / "f.salr")
     assert "tensor 'assets/config.json': is missing" in fails("export", "hf", path, tmp_path / "hf")
+
+
+def test_export_hf_puts_a_recorded_evaluation_into_the_model_card(salr, fails, speaker, tmp_path):
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 " * 20)
+    saved = tmp_path / "found.json"
+    result = salr("eval", speaker, "--text", tmp_path / "text.txt", "--window", 32, "--save", saved)
+    assert result.exit_code == 0, result.output
+    assert salr("export", "hf", speaker, tmp_path / "hf", "--eval", saved).exit_code == 0
+    card, found = (tmp_path / "hf" / "README.md").read_text(), json.loads(saved.read_text())
+    assert f"| {found['results'][0]['perplexity']:.2f} |" in card and "window 32" in card
+    saved.write_text("{}")
+    assert "has no kind" in fails("export", "hf", speaker, tmp_path / "other", "--eval", saved)
+    assert not (tmp_path / "other").exists()

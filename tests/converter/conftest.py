@@ -185,3 +185,23 @@ def refuses():
         assert path.read_bytes() == before and {p.name for p in path.parent.iterdir()} == names
 
     return run
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model with a vision tower, whose language model has another name on disk than in the class."""
+    import torch
+    import transformers
+
+    torch.manual_seed(8)
+    text = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    folder = tmp_path_factory.mktemp("llava") / "tiny-llava"
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
