@@ -34,10 +34,10 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
 # mypy sees the package as it is shipped: salr/converter, salr/formats, salr/cuda.
-# What setuptools left from an earlier build would bring moved files back.
+# What setuptools left from an earlier build would bring moved files back. Nothing has to be compiled for it.
 typecheck: $(VENV)/installed
 	@rm -rf build/mypy build/lib build/bdist.*
-	$(PIP) install --quiet --no-deps --no-build-isolation --target build/mypy .
+	CXX=none $(PIP) install --quiet --no-deps --no-build-isolation --target build/mypy .
 	cd build/mypy && ../../$(RUN) -m mypy --config-file ../../pyproject.toml -p salr
 
 pytest: $(VENV)/installed

@@ -267,6 +267,17 @@ def packed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def export_command(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return what ``salr export onnx`` of ``packed`` came to (typer's Result) and the directory, for reading only."""
+    from typer.testing import CliRunner
+
+    from salr.cli import app
+
+    folder = tmp_path_factory.mktemp("export") / "llama"
+    return CliRunner().invoke(app, ["export", "onnx", str(packed), str(folder)]), folder
+
+
+@pytest.fixture(scope="session")
 def read_tensors() -> Callable[[Path], dict[str, Any]]:
     """Return a function that reads the safetensors files of a directory into torch tensors."""
 

@@ -26,10 +26,13 @@ LIBRARY_NAME = f"libsalr_onnx{_SUFFIX}"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-w")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2")
 #: flags of the sources that are called only where the processor has what they enable
 _OWN_FLAGS = {
     "product_avx2.cpp": _AVX2,
-    "product_avx512.cpp": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2"),
+    "product_avx512.cpp": (*_AVX2, *_AVX512),
+    "few_inputs_avx512.cpp": (*_AVX2, *_AVX512),
+    "few_inputs_vnni.cpp": (*_AVX2, *_AVX512, "-mavx512vnni"),
 }
 _NEEDED = "a C++17 compiler (g++ or clang++) on Linux or macOS"
 _FIX = "install one or name it in CXX; graphs run without the library too, by their function bodies"
@@ -38,7 +41,8 @@ _FIX = "install one or name it in CXX; graphs run without the library too, by th
 def get_library_path() -> Path:
     """Return the library to register: ``options.register_custom_ops_library(str(get_library_path()))``.
 
-    The first call on a machine compiles it (about ten seconds) unless the installed package holds it.
+    The installed package holds it where its wheel was built with a compiler; else the first call on a machine compiles
+    it (about ten seconds).
     SALR_CACHE is the folder that keeps it; CXX names the compiler.
 
     Raises:
@@ -48,8 +52,23 @@ def get_library_path() -> Path:
     if shipped.is_file():
         return shipped
     compiler = find_compiler()
-    library = cache_folder("onnx") / _key(compiler) / LIBRARY_NAME
+    library = _cached(compiler)
     if not library.is_file():
+        compile_library(library, compiler)
+    return library
+
+
+def put_library(folder: Path) -> Path:
+    """Put the library into ``folder``, for a package that ships it, and return it; the user's cache is only read.
+
+    Raises:
+        LibraryError: there is no compiler, or it fails.
+    """
+    compiler, library = find_compiler(), folder / LIBRARY_NAME
+    cached = _cached(compiler)
+    if cached.is_file():
+        shutil.copyfile(cached, library)
+    else:
         compile_library(library, compiler)
     return library
 
@@ -124,6 +143,10 @@ def _flags() -> tuple[str, ...]:
 
 def _sources() -> list[Path]:
     return [path for path in sorted(SOURCES.glob("*.cpp")) if _is_x86() or path.name not in _OWN_FLAGS]
+
+
+def _cached(compiler: str) -> Path:
+    return cache_folder("onnx") / _key(compiler) / LIBRARY_NAME
 
 
 def _key(compiler: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-def test_it_says_what_it_wrote_and_how_far_it_is_from_torch(salr, packed, tmp_path):
-    result = salr("export", "onnx", packed, tmp_path / "out")
+def test_it_says_what_it_wrote_and_how_far_it_is_from_torch(export_command):
+    result, folder = export_command
     assert result.exit_code == 0, result.output
     first, *_, last = result.stdout.splitlines()
     assert first.startswith("differs from torch by (share of the largest output): function body ")
-    assert last == f"wrote {tmp_path / 'out'}"
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert last == f"wrote {folder}"
+    names = {path.name for path in folder.iterdir()}
     assert {"model.onnx", "model.salr", "genai_config.json", "config.json", "tokenizer.json"} <= names
 
 

@@ -34,9 +34,9 @@ def library() -> Path:
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the library with AddressSanitizer in it."""
+    """Return the library with AddressSanitizer in it, not optimized: that would take the compiler long."""
     path = tmp_path_factory.mktemp("sanitized") / "libsalr_onnx.so"
-    flags = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1")
+    flags = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O0")
     try:
         compile_library(path, find_compiler(), flags)
     except LibraryError as error:

@@ -40,11 +40,11 @@ class Case:
     def __init__(self, random: np.random.Generator) -> None:
         self.random = random
         encoding = str(random.choice(["bf16", "fp16", "fp32", "int8", "nf4"]))
-        n_rows, n_columns = int(random.integers(1, 20)), int(random.integers(1, 70))
+        n_rows, n_columns = int(random.integers(1, 20)), int(random.integers(1, random.choice([70, 300])))
         make = conftest.make_packed.__wrapped__()
         packed = make(
             n_rows, n_columns, encoding, sparse=random.random() < 0.8, rank=int(random.integers(0, 5)),
-            group_size=int(random.choice([8, 16, 20, 32])),
+            group_size=int(random.choice([8, 16, 20, 32, 64, 128])),
         )  # fmt: skip
         made = salr.onnx.sparse_linear_node(*packed, factors=str(random.choice(["bf16", "fp16", "fp32"])))
         self.attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in made.node.attribute}

@@ -169,14 +169,14 @@ def test_the_sanitizer_sees_a_read_past_a_tensor(run_in_process, tmp_path):
     from salr.onnx import library as module
 
     sources = shutil.copytree(module.SOURCES, tmp_path / "native")
-    for path in sources.glob("product_avx*"):
+    for path in [*sources.glob("product_avx*"), *sources.glob("few_inputs_*.cpp")]:
         path.unlink()
     text = (sources / "validate.cpp").read_text()
     assert "if (found < used + kPaddingBytes)" in text
     (sources / "validate.cpp").write_text(text.replace("if (found < used + kPaddingBytes)", "if (found < 0)"))
     broken = tmp_path / "libsalr_onnx.so"
     files = [str(path) for path in sources.glob("*.cpp")]
-    command = [find_compiler(), "-std=c++17", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address", "-shared", "-o", broken]
+    command = [find_compiler(), "-std=c++17", "-g", "-fPIC", "-w", "-fsanitize=address", "-shared", "-o", broken]
     subprocess.run([*command, *files], check=True)
     with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
         run_in_process("hostile.py", broken, 500, 0, environment=preloaded())

@@ -57,11 +57,10 @@ def test_onnx_itself_computes_the_same(encoding, make_packed):
     assert close(found, reference(*packed, x), 2e-6)
 
 
-@pytest.mark.parametrize("kernels", ["avx512", "avx2", "scalar"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_the_native_kernels_are_the_product(kernels, encoding, make_packed, library, run_in_process):
+@pytest.mark.parametrize("kernels", ["avx512vnni", "avx512", "avx2", "scalar"])
+def test_the_native_kernels_are_the_product(kernels, library, run_in_process):
     """Each in a process of its own: the kernels are chosen once. Sizes of every path: 1, few, a panel, many inputs."""
-    run_in_process("kernels.py", library, encoding, environment={"SALR_ONNX_KERNELS": kernels})
+    run_in_process("kernels.py", library, environment={"SALR_ONNX_KERNELS": kernels})
 
 
 def test_the_native_kernel_takes_the_place_of_the_function_body(make_packed, library, run_model, tmp_path):
@@ -86,6 +85,40 @@ def test_values_that_are_not_finite_stay_in_their_own_row(make_packed, library, 
     for chosen in (None, library):
         y = run_model(sparse_linear_node(tensors).model(), {"x": x}, chosen)[0]
         assert np.isfinite(y[:, np.arange(9) != 1]).all() and np.isinf(y[:, 1]).all()
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1.0, 1e30])
+def test_int8_products_keep_the_accuracy_of_float32_whatever_the_inputs_are_like(size, make_packed, library, run_model):
+    """In every block of 128 columns one input is a thousand times the others; blocks differ by powers of ten."""
+    tensors, _ = make_packed(70, 700, "int8", group_size=128)
+    x = inputs(2, 700).astype(np.float64)
+    x[:, 5::128] *= 1000
+    x *= np.repeat(10.0 ** np.arange(-3, 3), 128)[:700] * size
+    x = x.astype(np.float32)
+    y = run_model(sparse_linear_node(tensors).model(), {"x": x}, library)[0]
+    weight = tensors.dense().astype(np.float64)
+    rounding = 2.0**-22 * np.abs(x).astype(np.float64) @ np.abs(weight).T + 2.0**-120
+    assert (np.abs(y - x.astype(np.float64) @ weight.T) <= rounding).all()
+
+
+@pytest.mark.parametrize("n_inputs", [1, 4, 20])
+def test_long_sums_lose_little(n_inputs, make_packed, library, run_model):
+    """Nothing cancels here: one chain of 8192 products would be off by several millionths."""
+    tensors, _ = make_packed(9, 8192, "fp32")
+    tensors.values[:] = np.abs(tensors.values)
+    x = np.abs(inputs(n_inputs, 8192))
+    y = run_model(sparse_linear_node(tensors).model(), {"x": x}, library)[0][:, 1:]
+    expected = reference(tensors, None, x)[:, 1:]
+    assert np.abs(y / expected - 1).max() < 5e-7
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_inputs_that_are_not_finite_give_int8_products_that_are_not(odd, make_packed, library, run_model):
+    tensors, _ = make_packed(9, 300, "int8", group_size=128)
+    x = inputs(2, 300)
+    x[1, 200] = odd
+    y = run_model(sparse_linear_node(tensors).model(), {"x": x}, library)[0]
+    assert close(y[0], reference(tensors, None, x[:1])[0], 2e-6) and not np.isfinite(y[1]).any()
 
 
 def test_float16_activations_are_rounded_once(make_packed, library, run_model):

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "few_inputs.h"
 #include "matrix.h"
 #include "tensors.h"
 #include "validate.h"
@@ -28,21 +29,53 @@ enum Input : size_t { kX, kBitmap, kValues, kRowOffsets, kScales, kLoraA, kLoraB
 // Inputs up to which AVX2 kernels are faster than AVX-512 ones (Zen 4): expanding weights takes more of the time then.
 constexpr int64_t kFewForAvx512 = 4;
 
-// The fastest kernels that this processor has for m inputs, at most those that SALR_ONNX_KERNELS names (avx512, avx2,
-// scalar).
+enum Level { kScalar, kAvx2, kAvx512, kVnni };
+constexpr const char* kLevels[] = {"scalar", "avx2", "avx512", "avx512vnni"};
+
+Level level_of_processor() {
+#ifdef SALR_X86
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    return kScalar;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2")))
+    return kAvx2;
+  return __builtin_cpu_supports("avx512vnni") ? kVnni : kAvx512;
+#else
+  return kScalar;
+#endif
+}
+
+// What this processor has, at most what SALR_ONNX_KERNELS names.
+Level level() {
+  static const Level found = [] {
+    const char* most = std::getenv("SALR_ONNX_KERNELS");
+    const Level own = level_of_processor();
+    for (int named = kScalar; most && named < own; ++named)
+      if (std::string(most) == kLevels[named]) return static_cast<Level>(named);
+    return own;
+  }();
+  return found;
+}
+
+// The fastest kernels for m inputs.
 const Kernels& kernels_for(const Matrix& matrix, int64_t m) {
 #ifdef SALR_X86
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
-  static const std::string most = std::getenv("SALR_ONNX_KERNELS") ? std::getenv("SALR_ONNX_KERNELS") : "";
-  const bool allows_avx2 = most != "scalar", allows_avx512 = allows_avx2 && most != "avx2";
-  if (has_avx512 && allows_avx512 && m > kFewForAvx512 && avx512_kernels().supports(matrix)) return avx512_kernels();
-  if (has_avx2 && allows_avx2 && avx2_kernels().supports(matrix)) return avx2_kernels();
+  if (level() >= kAvx512 && m > kFewForAvx512 && avx512_kernels().supports(matrix)) return avx512_kernels();
+  if (level() >= kAvx2 && avx2_kernels().supports(matrix)) return avx2_kernels();
 #endif
   (void)matrix, (void)m;
   return scalar_kernels();
+}
+
+// Kernels for m inputs that are faster than those, or null.
+const FewInputKernels* few_input_kernels_for(const Matrix& matrix, int64_t m) {
+#ifdef SALR_X86
+  if (m > kMostFewInputs) return nullptr;
+  if (level() >= kVnni && few_inputs_vnni().supports(matrix)) return &few_inputs_vnni();
+  if (level() >= kAvx512 && few_inputs_avx512().supports(matrix)) return &few_inputs_avx512();
+#endif
+  (void)matrix, (void)m;
+  return nullptr;
 }
 
 // Floats on a cache line of their own.
@@ -168,7 +201,26 @@ class Kernel {
       for (int64_t i = 0; i < m * rank; ++i) inner[i] *= low_rank.scaling[static_cast<size_t>(i % rank)];
       terms[1].x = prepared(team, inner.get(), false, m, rank, kept_inner);
     }
-    run_rows(team, terms, rank ? 2 : 1, m, w.n_rows, kRowsATask, y);
+    if (!multiply_few(team, terms[1], rank, x, is_half, m, y))
+      run_rows(team, terms, rank ? 2 : 1, m, w.n_rows, kRowsATask, y);
+  }
+
+  // The same for few inputs, where there are kernels for them that take x; else false.
+  bool multiply_few(const Team& team, const Term& up, int64_t rank, const void* x, bool is_half, int64_t m,
+                      const Output& y) const {
+    const Matrix& w = weight_.matrix;
+    const FewInputKernels* kernels = few_input_kernels_for(w, m);
+    if (!kernels) return false;
+    const Floats kept = make_floats((kernels->prepared_size(w, m) + 3) / 4);
+    uint8_t* laid_out = reinterpret_cast<uint8_t*>(kept.get());
+    if (!kernels->prepare(w, x, is_half, m, laid_out)) return false;
+    const Floats rest = rank ? make_floats(m * w.n_rows) : nullptr;
+    team.run(tasks_of(w.n_rows, kRowsATask), m * w.n_rows * w.n_columns, [&](int64_t task) {
+      const int64_t begin = task * kRowsATask, end = std::min(begin + kRowsATask, w.n_rows);
+      if (rank) kernels_for(w, m).rows(&up, 1, m, begin, end, {rest.get(), false, w.n_rows});
+      kernels->rows(w, laid_out, m, begin, end, rest.get(), y);
+    });
+    return true;
   }
 
   void run_rows(const Team& team, const Term* terms, int n_terms, int64_t m, int64_t n_rows, int64_t each,
@@ -260,7 +312,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   return ort::AddCustomOpDomain(api)(options, domain);
 }
 
-// For tools and tests: the kernels that a matrix without odd groups gets here for many inputs.
-extern "C" __attribute__((visibility("default"))) const char* salr_kernels() {
-  return salr::kernels_for(salr::Matrix(), salr::kMostInputs).name;
-}
+// For tools and tests: the best kernels that are used here.
+extern "C" __attribute__((visibility("default"))) const char* salr_kernels() { return salr::kLevels[salr::level()]; }

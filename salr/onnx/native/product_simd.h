@@ -168,12 +168,13 @@ void decode(const Matrix& w, Cursor& at, int64_t begin, int64_t end, float* out)
                           [&](int, int64_t k, Vec weight) { keep(out + k - begin, weight); });
 }
 
-// sums (kRows, kVectors * kLanes, row stride ld) += weights (kRows, n) * x (n, kPanel).
+// sums (kRows, kVectors * kLanes, row stride ld) += weights (kRows, n) * x (n, kPanel). The n products are added to each
+// other first: a sum of many blocks of columns then loses less than one long chain does.
 template <int kRows, int kVectors>
 void tile(const float* weights, const float* x, int64_t n, float* sums, int64_t ld) {
   Vec own[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) own[r][v] = load(sums + r * ld + kLanes * v);
+    for (int v = 0; v < kVectors; ++v) own[r][v] = zero();
   for (int64_t k = 0; k < n; ++k) {
     Vec inputs[kVectors];
     for (int v = 0; v < kVectors; ++v) inputs[v] = load(x + k * kPanel + kLanes * v);
@@ -183,7 +184,10 @@ void tile(const float* weights, const float* x, int64_t n, float* sums, int64_t 
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) keep(sums + r * ld + kLanes * v, own[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = sums + r * ld + kLanes * v;
+      keep(at, plus(load(at), own[r][v]));
+    }
 }
 
 template <int kRows, int kVectors>
