@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.execution import one_thread_each, resolve_device
+from salr.converter.devices import resolve_device
+from salr.converter.execution import one_thread_each
 from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
 from salr.converter.sequential import open_block_run

@@ -20,18 +20,18 @@ from unittest import mock
 import torch
 from salr.converter import packing, pipeline, sequential, sources
 from salr.converter.options import CalibrationOptions
-from salr.formats import output_file, writer
+from salr.formats import output_file
 
 PHASES = {
     "forward passes and Gram matrices": (sequential._BlockPacker, "_statistics"),
     "method": (packing, "solve"),
     "errors as stored": (packing, "_measured"),
-    "layout": (packing, "_tensors"),
-    "write": (writer.SalrWriter, "write"),
+    "layout": (packing.ModulePieces, "of"),
+    "write": (output_file.DataFile, "write"),
     "unchanged tensors": (pipeline, "_copy_unchanged"),
     "read": (sources.Checkpoint, "read"),
     "hash the source": (pipeline, "sha256"),
-    "make durable": (output_file.OutputFile, "commit"),
+    "make durable": (output_file.DataFile, "finish"),
 }
 
 

@@ -1,30 +1,32 @@
-"""Carrying out a plan: which worker packs which module, on which device.
+"""Carrying out a plan: every module packed, written and journaled.
 
-Invariant: the bytes never depend on the number of workers: each numerical task runs with one thread.
+Invariant: the bytes never depend on the number of workers: each numerical task runs with one thread. A module's journal
+line says all that a run which goes on from there needs to know of it.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from ..formats.errors import CalibrationError, OptionError
-from ..formats.manifest import ModuleEntry
-from ..formats.writer import SalrWriter
+from ..formats import naming
+from ..formats.dtypes import byte_view
+from ..formats.errors import CalibrationError
+from ..formats.manifest import ModuleEntry, parse_module
+from ..formats.resuming import ResumingWriter
 from .options import NO_DATA, CalibrationOptions, ConvertOptions
-from .packing import PackedModule, pack_module
+from .packers import Team
+from .packing import ModulePieces, PackedMatrix, PackedModule, trained_tensors, used_method
 from .plan import Plan, PlannedModule, is_solved
 from .sequential import BlockRun, open_block_run
+from .spool import HiddenSpool, Streams
 
-_MOST_WORKERS = 8
-#: threads that feed one GPU, so that writing overlaps computing
-_GPU_WORKERS = 2
 #: packed modules that may wait for the disk
 _MOST_UNWRITTEN = 8
 
@@ -42,82 +44,154 @@ class Outcome:
 
 
 class Job:
-    """A plan, and the file it is written to."""
+    """A plan, and the writer of those of its modules that go to one output; inputs are watched meanwhile."""
 
-    def __init__(self, plan: Plan, device: torch.device, writer: SalrWriter) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        writer: ResumingWriter,
+        spool: HiddenSpool,
+        watch_inputs: Callable[[], None],
+    ) -> None:
         self._plan, self._options, self._device, self._writer = plan, plan.options, device, writer
+        self._spool, self._watch_inputs = spool, watch_inputs
+        self._modules = [m for m in plan.modules if writer.plans(naming.values_name(m.name))]
+        self._entries = {
+            note["module"]: parse_module(note["entry"], note["module"], str(writer.path))
+            for note in writer.notes
+            if "module" in note
+        }
+        self._n_stood = len(self._entries)
 
-    def run(self, pool: ThreadPoolExecutor, progress: Progress) -> Outcome:
-        """Pack and write every module.
+    def run(self, team: Team, progress: Progress) -> Outcome:
+        """Pack and write every module that is not there yet.
 
         Raises:
             SalrError: a weight or the calibration data is unusable, or writing failed.
         """
-        if self._options.data is None:
-            return Outcome(self._independent(pool, progress), [], self._options)
+        notes = []
+        progress(len(self._entries), len(self._modules))
+        if self._options.data is not None:
+            notes = self._calibrated(team, progress)
+        self._independent(team, progress)
+        if self._n_stood:
+            notes.insert(0, f"Went on with {self._n_stood} of {len(self._modules)} modules from an interrupted run.")
+        return Outcome({m.name: self._entries[m.name] for m in self._modules}, notes, self._options)
+
+    def _missing(self) -> list[PlannedModule]:
+        return [module for module in self._modules if module.name not in self._entries]
+
+    def _independent(self, team: Team, progress: Progress) -> None:
+        """Pack modules in any order, the largest first, so that no worker is left alone with one at the end."""
+        order = sorted(self._missing(), key=lambda module: -module.entry.n_weights)
+        for name, entry in _finished([team.pool.submit(self._pack, module, team) for module in order]):
+            self._done(name, entry, progress)
+
+    def _done(self, name: str, entry: ModuleEntry, progress: Progress) -> None:
+        self._entries[name] = entry
+        progress(len(self._entries), len(self._modules))
+
+    def _pack(self, module: PlannedModule, team: Team) -> tuple[str, ModuleEntry]:
+        self._watch_inputs()
+        method = used_method(self._options.chosen_method, has_data=False)
+        with team.borrowed() as packer:
+            return module.name, self._write(module, packer.matrices(module, self._options), method)
+
+    def _write(self, module: PlannedModule, matrices: Iterable[PackedMatrix], method: str) -> ModuleEntry:
+        """Write a module matrix by matrix, so that of stacked experts one is in memory at a time."""
+        pieces, trained = ModulePieces(module), trained_tensors(module)
+        streams = {s.name: self._writer.stream(s.name) for s in module.specs() if s.name not in trained}
+        for matrix in matrices:
+            for name, piece in pieces.of(matrix).items():
+                streams[name].write(byte_view(piece))
+        for name, piece in pieces.rest().items():
+            streams[name].write(byte_view(piece))
+        for stream in streams.values():
+            stream.close()
+        return self._record(module, pieces.entry(method), trained)
+
+    def _write_packed(self, module: PlannedModule, packed: PackedModule) -> None:
+        for name, array in packed.tensors.items():
+            self._writer.write(name, array)
+        self._record(module, packed.entry, trained_tensors(module))
+
+    def _record(self, module: PlannedModule, entry: ModuleEntry, trained: Mapping[str, Any]) -> ModuleEntry:
+        for name, array in trained.items():
+            self._writer.write(name, array)
+        note = {"module": module.name, "entry": asdict(entry)}
+        self._writer.record([spec.name for spec in module.specs()], note)
+        return entry
+
+    def _calibrated(self, team: Team, progress: Progress) -> list[str]:
+        """Pack block after block; return what calibration could not do as asked."""
         try:
-            run = open_block_run(self._plan, self._options, self._device, pool)
+            run = open_block_run(self._plan, self._options, self._device, team.pool, team)
         except CalibrationError as error:
             if self._options.calibration is not None:
                 raise
             self._options = replace(self._options, calibration=CalibrationOptions(NO_DATA))
-            note = f"Random calibration tokens could not be used: {error.found}. Chosen by weights alone."
-            return Outcome(self._independent(pool, progress), [note], self._options)
+            return [f"Random calibration tokens could not be used: {error.found}. Chosen by weights alone."]
         with tensor_cores(self._device, self._options.method_info.corrects):
-            entries = self._calibrated(run, progress)
-        return Outcome(entries, _notes(self._plan, entries, run), self._options)
+            self._pack_blocks(run, progress)
+            self._independent(team, progress)  # what lies outside the blocks
+        return _notes(self._modules, self._entries, run)
 
-    def _pack(self, module: PlannedModule) -> tuple[str, ModuleEntry]:
-        return module.name, self._write(pack_module(module, self._plan.checkpoint, self._options, self._device))
-
-    def _write(self, packed: PackedModule) -> ModuleEntry:
-        for name, array in packed.tensors.items():
-            self._writer.write(name, array)
-        return packed.entry
-
-    def _independent(self, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, ModuleEntry]:
-        """Pack all modules in any order, the largest first, so that no worker is left alone with one at the end."""
-        order = sorted(self._plan.modules, key=lambda module: -module.entry.n_weights)
-        return dict(_finished([pool.submit(self._pack, module) for module in order], progress))
-
-    def _calibrated(self, run: BlockRun, progress: Progress) -> dict[str, ModuleEntry]:
-        """Pack block after block, then what lies outside the blocks."""
-        entries: dict[str, ModuleEntry] = {}
-        total = len(self._plan.modules)
-        progress(0, total)
+    def _pack_blocks(self, run: BlockRun, progress: Progress) -> None:
+        start, streams = self._border(run)
+        by_block = run.by_block()
+        for number, modules in by_block.items():
+            if number >= start:  # run again as a whole, so that each module sees what it saw before
+                for module in modules:
+                    self._entries.pop(module.name, None)
+        self._n_stood = len(self._entries)
+        wanted = {module.name for module in self._missing()}
         with beside(1) as writing:  # the next block is packed meanwhile
-            pending: deque[Future[ModuleEntry]] = deque()
-            for module, packed in run.packed_modules():
-                pending.append(writing.submit(self._write, replace(packed, matrices=[])))
-                entries[module.name] = packed.entry
+            pending: deque[Future[None]] = deque()
+            for number, packed, behind in run.packed_blocks(wanted, start, streams):
+                self._watch_inputs()
+                for module, result in packed:
+                    pending.append(writing.submit(self._write_packed, module, replace(result, matrices=[])))
+                    self._done(module.name, result.entry, progress)
+                if number < max(by_block):
+                    pending.append(writing.submit(self._mark, number + 1, behind))
                 while len(pending) > _MOST_UNWRITTEN:
                     pending.popleft().result()
-                progress(len(entries), total)
             for write in pending:
                 write.result()
-        for module in self._plan.modules:
-            if module.name not in entries:
-                entries.update([self._pack(module)])
-                progress(len(entries), total)
-        return entries
+
+    def _mark(self, number: int, streams: Streams) -> None:
+        """Keep the streams that enter block ``number``; those before it are no longer needed then."""
+        self._writer.record(note=self._spool.save(number, streams))
+        self._writer.flush()
+        self._spool.drop(number - 1)
+
+    def _border(self, run: BlockRun) -> tuple[int, Streams | None]:
+        """Return the block to go on with, and the hidden states that enter it: block 0 without any."""
+        by_block = run.by_block()
+        mine = {module.name for module in self._modules}
+        for note in sorted((n for n in self._writer.notes if "block" in n), key=lambda note: -note["block"]):
+            before = {m.name for number, ms in by_block.items() if number < note["block"] for m in ms}
+            streams = self._spool.load(note, self._device) if before & mine <= set(self._entries) else None
+            if streams is not None:
+                return note["block"], streams
+        return 0, None
 
 
-def _finished(futures: list[Future[tuple[str, ModuleEntry]]], progress: Progress) -> Iterator[tuple[str, ModuleEntry]]:
-    progress(0, len(futures))
+def _finished(futures: list[Future[tuple[str, ModuleEntry]]]) -> Iterator[tuple[str, ModuleEntry]]:
     try:
-        for done, future in enumerate(as_completed(futures), 1):
+        for future in as_completed(futures):
             yield future.result()
-            progress(done, len(futures))
     except BaseException:
         for future in futures:
             future.cancel()
         raise
 
 
-def _notes(plan: Plan, entries: dict[str, ModuleEntry], run: BlockRun) -> list[str]:
+def _notes(modules: list[PlannedModule], entries: Mapping[str, ModuleEntry], run: BlockRun) -> list[str]:
     """Return what calibration could not do as asked."""
     notes = []
-    pruned = [module for module in plan.modules if is_solved(module.entry)]
+    pruned = [module for module in modules if is_solved(module.entry)]
     unseen = [module.name for module in pruned if entries[module.name].error.output is None]
     if unseen:
         notes.append(f"{len(unseen)} modules saw no calibration data and were chosen by weights alone: {unseen[0]} ...")
@@ -128,12 +202,6 @@ def _notes(plan: Plan, entries: dict[str, ModuleEntry], run: BlockRun) -> list[s
             f"({singular[0]} ...): their Gram matrices are singular and were damped."
         )
     return notes
-
-
-def worker_count(options: ConvertOptions, device: torch.device) -> int:
-    """Return how many modules are packed at once."""
-    default = _GPU_WORKERS if device.type == "cuda" else min(os.cpu_count() or 1, _MOST_WORKERS)
-    return options.workers or default
 
 
 @contextmanager
@@ -171,21 +239,3 @@ def tensor_cores(device: torch.device, is_allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device for ``cpu`` or ``cuda[:i]``.
-
-    Raises:
-        OptionError: there is no such device here.
-    """
-    if name != "cpu" and not name.startswith("cuda"):
-        raise OptionError(f"device {name!r}", needed="cpu or cuda[:i]")
-    try:
-        device = torch.device(name)
-        # torch loads its linear algebra at the first call, which must not come from two threads at once.
-        torch.linalg.cholesky(torch.eye(2, device=device))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device {name!r} cannot be used ({reason})", fix="give --device cpu") from error
-    return device

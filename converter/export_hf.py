@@ -36,6 +36,7 @@ def export_hf(path: str | Path, out: str | Path, evaluation: CardEvaluation | No
         SalrError: the file is damaged or carries no config.json, or the output exists or cannot be written.
     """
     file = SalrFile(path)
+    file.require_one_file("salr export hf")
     config = exported_config(file)
     with output_directory(out) as partial:
         try:

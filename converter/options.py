@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..formats.errors import OptionError
+from ..formats.errors import CalibrationError, OptionError
 from .module_options import SETTINGS, ModuleOptions, matches
 
 SCOPES = ("layer", "row", "global")
@@ -67,8 +67,15 @@ class CalibrationOptions:
                 raise OptionError(f"--calibration: {name} {value!r}", needed=f"an integer, {least} or more")
 
     def recorded(self) -> dict[str, Any]:
-        """Return what the manifest keeps: no path, but the text's digest."""
-        digest = None if self.text == SYNTHETIC else hashlib.sha256(Path(self.text).read_bytes()).hexdigest()
+        """Return what the manifest keeps: no path, but the text's digest.
+
+        Raises:
+            CalibrationError: the text cannot be read.
+        """
+        try:
+            digest = None if self.text == SYNTHETIC else hashlib.sha256(Path(self.text).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CalibrationError(f"cannot be read ({error.strerror})", path=self.text) from error
         kind = {"kind": SYNTHETIC} if digest is None else {"kind": "text", "sha256": digest}
         return {**kind, "samples": self.samples, "length": self.length, "seed": self.seed}
 
@@ -93,9 +100,13 @@ class ConvertOptions:
         base: the base model when the source is an adapter directory.
         revision: branch, tag or commit, when the source is an id of the Hugging Face hub.
         target_bits: mean bits per packed weight, adapters counted; chooses sparsity and rank of each module.
-        device: ``cpu`` or ``cuda[:i]``.
+        device: ``cpu``, ``cuda`` for every GPU that is visible, or ``cuda:i,...``; they must be of one kind.
         workers: threads that convert modules; None for one a core, at most 8. Never changes the bytes.
         force: replace an existing output. fresh: discard what an interrupted run left.
+        max_shard_size: bytes; the output becomes a directory of shards of about this size.
+        part: (i, n) makes the i-th of n shards only, into the output as a directory; ``join`` puts them together.
+        plan_file: keeps the decisions that look at the whole model (``target_bits``, scope ``global``): written where
+            it is missing, which parts refuse, and used where it fits.
     """
 
     module: ModuleOptions = field(default_factory=ModuleOptions)
@@ -115,6 +126,9 @@ class ConvertOptions:
     workers: int | None = None
     force: bool = False
     fresh: bool = False
+    max_shard_size: int | None = None
+    part: tuple[int, int] | None = None
+    plan_file: Path | None = None
 
     def __post_init__(self) -> None:
         _check_choice("method", self.chosen_method, tuple(METHODS))
@@ -125,6 +139,7 @@ class ConvertOptions:
                 raise OptionError(f"{count} {name}", needed="1 or more")
         self._check_data()
         self._check_selection()
+        self._check_division()
         self._check_names()
 
     def _check_data(self) -> None:
@@ -149,6 +164,23 @@ class ConvertOptions:
             raise OptionError(f"--target-bits {self.target_bits!r}", needed="a positive number")
         if self.target_bits is not None and (self.chosen_scope == "global" or self.pattern != "unstructured"):
             raise OptionError("--target-bits", needed="an unstructured pattern and scope layer or row")
+
+    def _check_division(self) -> None:
+        """Refuse shards and parts that make no sense."""
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise OptionError(f"--max-shard-size {self.max_shard_size}", needed="a positive size, as 5GB")
+        if self.part is None:
+            return
+        if not 1 <= self.part[0] <= self.part[1]:
+            raise OptionError(f"--part {self.part[0]}/{self.part[1]}", needed="i/n with 1 <= i <= n")
+        if self.max_shard_size is not None:
+            raise OptionError("--part with --max-shard-size", needed="one of them: parts are shards already")
+        if self.data is not None and self.method_info.sequential:
+            raise OptionError(
+                f"--part with method {self.chosen_method!r}",
+                needed="a method that fits each module by itself",
+                fix="drop --part: with calibration each block is fitted to what those before it give",
+            )
 
     def _check_names(self) -> None:
         """Refuse unknown settings and two adapters of one name."""
@@ -177,6 +209,11 @@ class ConvertOptions:
     def method_info(self) -> Method:
         """What the chosen method needs."""
         return METHODS[self.chosen_method]
+
+    @property
+    def looks_at_whole_model(self) -> bool:
+        """Whether decisions about a module depend on all others."""
+        return self.target_bits is not None or self.chosen_scope == "global"
 
     @property
     def chosen_scope(self) -> str:

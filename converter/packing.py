@@ -6,8 +6,9 @@ Invariant: errors are measured with values and factors as stored, against the so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..formats.bitmap import bitmap_width, pack_bitmap, row_offsets
 from ..formats.dtypes import Array, storage_dtype
 from ..formats.errors import SourceError
 from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
-from ..formats.values import stored_elements
+from ..formats.values import stored_elements, values_dtype
 from .methods import Factors, Problem, Solution, solve
 from .options import METHODS, ConvertOptions
 from .plan import ENCODING_OF, PlannedModule, is_solved
@@ -66,9 +67,24 @@ class PackedMatrix:
         """Return S + B A (N, K) in float32."""
         return stored_weight(self.mask, self.values, self.factors)
 
+    def to_cpu(self) -> PackedMatrix:
+        """Return the same in this machine's memory, as it is sent to another."""
+        values = self.values.to_cpu() if isinstance(self.values, Quantized) else self.values.cpu()
+        factors = None if self.factors is None else self.factors.to_cpu()
+        return replace(self, mask=self.mask.cpu(), values=values, factors=factors)
+
     def kept(self) -> torch.Tensor:
         """Return the kept values (nnz,) in their dtype, or their codes, one a byte."""
-        return self.values.codes[self.mask] if isinstance(self.values, Quantized) else self.values
+        return gathered(self.values.codes, self.mask) if isinstance(self.values, Quantized) else self.values
+
+
+class _Errors(NamedTuple):
+    """Squared errors of one matrix."""
+
+    energy: float
+    mask: float
+    residual: float
+    output: float | None
 
 
 def pack_module(
@@ -86,17 +102,49 @@ def pack_module(
         SourceError: a weight is NaN or infinite.
     """
     method = used_method(options.chosen_method, calibrated is not None)
-    matrices = [
-        _pack_matrix(planned, source.to(device), checkpoint, options, method, calibrated)
-        for source in source_matrices(planned.entry, checkpoint)
-    ]
-    tensors = _tensors(planned, matrices)
+    packed = assembled(planned, packed_matrices(planned, checkpoint, options, device, calibrated), method)
+    return replace(packed, tensors=packed.tensors | trained_tensors(planned))
+
+
+def packed_matrices(
+    planned: PlannedModule,
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    device: torch.device,
+    calibrated: Calibrated | None = None,
+) -> Iterator[PackedMatrix]:
+    """Yield the module's matrices one after the other: the experts of a stack, else one.
+
+    Raises:
+        SourceError: a weight is NaN or infinite.
+    """
+    method = used_method(options.chosen_method, calibrated is not None)
+    for source in source_matrices(planned.entry, checkpoint):
+        yield _pack_matrix(planned, source.to(device), checkpoint, options, method, calibrated)
+
+
+def trained_tensors(planned: PlannedModule) -> dict[str, Array]:
+    """Return the factors of the module's trained adapters as the file stores them."""
+    tensors: dict[str, Array] = {}
     for trained in planned.trained:
         for name, factor in trained.factors(planned.name):
             raw = np.frombuffer(trained.adapter.raw(factor.name), storage_dtype(factor.dtype))
             tensors[name] = raw.reshape(factor.shape)
-    entry = replace(planned.entry, error=_error(planned, matrices), values_from=values_from(planned, method))
-    return PackedModule(entry, tensors, matrices)
+    return tensors
+
+
+def assembled(planned: PlannedModule, matrices: Iterable[PackedMatrix], method: str) -> PackedModule:
+    """Return a module's tensors, trained adapters left out, and its entry from its matrices packed by ``method``."""
+    pieces, kept = ModulePieces(planned), list(matrices)
+    found: dict[str, list[Array]] = {}
+    for part in (*map(pieces.of, kept), pieces.rest()):
+        for name, piece in part.items():
+            found.setdefault(name, []).append(piece)
+    shapes = {spec.name: spec.shape for spec in planned.specs()}
+    tensors = {
+        name: np.concatenate([p.reshape(-1) for p in parts]).reshape(shapes[name]) for name, parts in found.items()
+    }
+    return PackedModule(pieces.entry(method), tensors, kept)
 
 
 def used_method(method: str, has_data: bool) -> str:
@@ -144,8 +192,20 @@ def _pack_matrix(
         solution = Solution(torch.ones_like(weight, dtype=torch.bool))
     values = solution.values
     if not isinstance(values, Quantized):
-        values = (source if values is None else values)[solution.mask].to(problem.dtype)
+        values = gathered(source if values is None else values, solution.mask).to(problem.dtype)
     return _measured(solution, values, weight, None if calibrated is None else calibrated.gram)
+
+
+def gathered(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the entries (nnz,) of ``weight`` (N, K) under the mask, row by row.
+
+    On the CPU NumPy does it: torch would make two 64-bit indices for each of them.
+    """
+    if weight.is_cuda:
+        return weight[mask]
+    is_bf16 = weight.dtype == torch.bfloat16
+    kept = torch.from_numpy((weight.view(torch.int16) if is_bf16 else weight).numpy()[mask.numpy()])
+    return kept.view(torch.bfloat16) if is_bf16 else kept
 
 
 def _check_range(planned: PlannedModule, weight: torch.Tensor, problem: Problem, checkpoint: Checkpoint) -> None:
@@ -199,10 +259,10 @@ def _measured(
     solution: Solution, values: torch.Tensor | Quantized, weight: torch.Tensor, gram: torch.Tensor | None
 ) -> PackedMatrix:
     energy, output = squared_norm(weight), None
-    stored = stored_weight(solution.mask, values, solution.factors)
+    rest = stored_weight(solution.mask, values, solution.factors).neg_().add_(weight)
     if gram is not None:
-        output = output_energy(weight - stored, gram) / (output_energy(weight, gram) or 1.0)
-    residual_energy = squared_norm(weight - stored)
+        output = output_energy(rest, gram) / (output_energy(weight, gram) or 1.0)
+    residual_energy = squared_norm(rest)
     mask_energy = squared_norm(weight.masked_fill_(solution.mask, 0))
     return PackedMatrix(solution.mask, values, solution.factors, energy, mask_energy, residual_energy, output)
 
@@ -213,38 +273,63 @@ def stored_weight(mask: torch.Tensor, values: torch.Tensor | Quantized, factors:
         weight = values.values(mask)
     else:
         weight = torch.zeros(mask.shape, device=mask.device)
-        weight[mask] = values.float()
+        if weight.is_cuda:
+            weight[mask] = values.float()
+        else:
+            weight.masked_scatter_(mask, values.float())
     return weight if factors is None else minus_product(weight, -factors.scaled_b(), factors.lora_A, weight)
 
 
-def _tensors(planned: PlannedModule, matrices: list[PackedMatrix]) -> dict[str, Array]:
-    name, entry = planned.name, planned.entry
-    tensors = {naming.values_name(name): _encoded(entry, matrices)}
-    if entry.group_size is not None:
-        scales = [m.values.scales.half() for m in matrices if isinstance(m.values, Quantized)]
-        tensors[naming.scales_name(name)] = _stacked(entry, scales)
-    if entry.pattern != "dense":
-        bitmap = np.stack([to_numpy(packed_bits(matrix.mask)) for matrix in matrices])
-        tensors[naming.bitmap_name(name)] = bitmap
-        tensors[naming.row_offsets_name(name)] = row_offsets(bitmap)
-    factors = [matrix.factors for matrix in matrices if matrix.factors is not None]
-    if factors:
-        tensors[naming.lora_a_name(name, RESIDUAL)] = _stacked(entry, [f.lora_A for f in factors])
-        tensors[naming.lora_b_name(name, RESIDUAL)] = _stacked(entry, [f.lora_B for f in factors])
-        if factors[0].rank_scales is not None:
-            tensors[naming.rank_scales_name(name, RESIDUAL)] = to_numpy(factors[0].rank_scales)
-    return tensors
+class ModulePieces:
+    """Turns a module's matrices, given one after the other, into consecutive pieces of its tensors."""
 
+    def __init__(self, planned: PlannedModule) -> None:
+        self._planned, self._errors = planned, list[_Errors]()
+        self._half = torch.zeros(0, dtype=torch.uint8)
+        self._n_values = self._n_stored = 0
 
-def _stacked(entry: ModuleEntry, parts: list[torch.Tensor]) -> Array:
-    """Return the experts' tensors as one array, or the only matrix's own."""
-    return np.stack([to_numpy(part) for part in parts]) if len(entry.shape) == 3 else to_numpy(parts[0])
+    def of(self, matrix: PackedMatrix) -> dict[str, Array]:
+        """Return what the next matrix adds to each tensor."""
+        name, entry, factors = self._planned.name, self._planned.entry, matrix.factors
+        self._errors.append(_Errors(matrix.energy, matrix.mask_energy, matrix.residual_energy, matrix.output))
+        kept = matrix.kept()
+        pieces = {naming.values_name(name): self._encoded(kept)}
+        if entry.group_size is not None and isinstance(matrix.values, Quantized):
+            pieces[naming.scales_name(name)] = to_numpy(matrix.values.scales.half())
+        if entry.pattern != "dense":
+            bitmap = to_numpy(packed_bits(matrix.mask))
+            offsets = row_offsets(bitmap)
+            pieces[naming.bitmap_name(name)] = bitmap
+            first = len(self._errors) == 1
+            pieces[naming.row_offsets_name(name)] = offsets if first else offsets[1:] + np.uint64(self._n_values)
+        self._n_values += kept.numel()
+        if factors is not None:
+            pieces[naming.lora_a_name(name, RESIDUAL)] = to_numpy(factors.lora_A)
+            pieces[naming.lora_b_name(name, RESIDUAL)] = to_numpy(factors.lora_B)
+            if factors.rank_scales is not None:
+                pieces[naming.rank_scales_name(name, RESIDUAL)] = to_numpy(factors.rank_scales)
+        return pieces
 
+    def rest(self) -> dict[str, Array]:
+        """Return what follows the last matrix: the padding of ``values``."""
+        entry = self._planned.entry
+        tail = to_numpy(packed_codes(self._half, "nf4")).view(storage_dtype(values_dtype(entry.encoding)))
+        n_padding = stored_elements(entry.encoding, entry.nnz) - self._n_stored - len(tail)
+        return {naming.values_name(self._planned.name): np.concatenate([tail, np.zeros(n_padding, tail.dtype)])}
 
-def _encoded(entry: ModuleEntry, matrices: list[PackedMatrix]) -> Array:
-    """Return the ``values`` tensor: kept values or codes of all matrices, two codes a byte for nf4, and padding."""
-    kept = packed_codes(torch.cat([matrix.kept() for matrix in matrices]), entry.encoding)
-    return to_numpy(torch.nn.functional.pad(kept, (0, stored_elements(entry.encoding, entry.nnz) - len(kept))))
+    def entry(self, method: str) -> ModuleEntry:
+        """Return the manifest's entry, with the errors of the matrices given, packed by ``method``."""
+        planned = self._planned
+        return replace(planned.entry, error=_error(planned, self._errors), values_from=values_from(planned, method))
+
+    def _encoded(self, kept: torch.Tensor) -> Array:
+        """Return values or codes as stored; of nf4, two to a byte, an odd last one waits for the next matrix."""
+        if self._planned.entry.encoding == "nf4":
+            kept = torch.cat([self._half.to(kept), kept])
+            whole = len(kept) // 2 * 2
+            self._half, kept = kept[whole:].cpu(), packed_codes(kept[:whole], "nf4")
+        self._n_stored += len(kept)
+        return to_numpy(kept)
 
 
 def packed_codes(codes: torch.Tensor, encoding: str) -> torch.Tensor:
@@ -255,12 +340,12 @@ def packed_codes(codes: torch.Tensor, encoding: str) -> torch.Tensor:
     return codes[0::2] | codes[1::2] << 4
 
 
-def _error(planned: PlannedModule, matrices: list[PackedMatrix]) -> ErrorEntry:
-    energy = sum(matrix.energy for matrix in matrices)
+def _error(planned: PlannedModule, errors: list[_Errors]) -> ErrorEntry:
+    energy = sum(matrix.energy for matrix in errors)
     unit = energy or 1.0
-    mask = sum(matrix.mask_energy for matrix in matrices) / unit
-    residual = sum(matrix.residual_energy for matrix in matrices) / unit
-    output = matrices[0].output if len(matrices) == 1 else None
+    mask = sum(matrix.mask for matrix in errors) / unit
+    residual = sum(matrix.residual for matrix in errors) / unit
+    output = errors[0].output if len(errors) == 1 else None
     return ErrorEntry(energy, mask, residual, error_bound(planned, mask), output)
 
 

@@ -1,59 +1,109 @@
 """The conversion from top to bottom: open, plan, write.
 
 Invariant: the bytes are a function of input, options, device kind and library versions; each tensor has its place
-before the first is written.
+before the first is written. The output is held from the first moment, so that two conversions refuse each other.
 """
 
 from __future__ import annotations
 
-import platform
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..formats import naming
-from ..formats.errors import OptionError
+from ..formats.container import TensorSpec
+from ..formats.errors import OptionError, OutputError, SourceError
 from ..formats.manifest import Manifest
-from ..formats.output_file import check_output
+from ..formats.partial_output import PartialOutput, check_output
 from ..formats.reader import SalrFile
-from ..formats.writer import SalrWriter
+from ..formats.resuming import PLAN_NAME, ResumingWriter
+from ..formats.sharding import ShardContent, complete_set, shard_manifests, shard_name
 from .adapters.records import input_file
+from .adapters.source import Adapter
 from .budget import with_budget
-from .execution import Job, Outcome, Progress, beside, one_thread_each, resolve_device, worker_count
+from .decisions import Decisions, decided_once
+from .devices import environment, resolve_devices, worker_count
+from .division import contents_by_size, contents_in_parts
+from .execution import Job, Outcome, Progress, beside, one_thread_each
+from .fingerprint import InputFiles, fingerprint, lost
 from .opening import open_source
 from .options import ConvertOptions
+from .packers import Executor, LocalExecutor, Team
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report
-from .sources import sha256
+from .sources import Asset, Checkpoint, sha256
+from .spool import HiddenSpool
 
 
 def convert(
-    source: str | Path, out: str | Path, options: ConvertOptions | None = None, *, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> ConvertReport:
-    """Convert a model or a PEFT LoRA (a directory, a .gguf file or a hub id) to one .salr file.
+    """Convert a model or a PEFT LoRA (a directory, a .gguf file or a hub id) to one .salr file, or shards of one.
+
+    A conversion that was interrupted goes on where it was, with the same bytes at its end.
+
+    Args:
+        source: the model.
+        out: the file to make; a directory with ``max_shard_size`` or ``part``.
+        options: how.
+        progress: called with modules done and modules in all.
+        executor: who packs; None for threads of this process.
 
     Raises:
         SourceError, AdapterError: the input cannot be read or converted.
         OptionError: the options do not fit the input.
-        OutputError: the output exists, cannot be written, or does not fit.
+        OutputError: the output exists, cannot be written, does not fit, or is being written by another run.
     """
     options = options or ConvertOptions()
-    check_output(Path(out), force=options.force)
-    return convert_plan(plan_conversion(source, options), out, progress=progress)
+    with open_output(out, options) as partial:
+        return convert_plan(plan_conversion(source, options, partial), partial, progress=progress, executor=executor)
 
 
-def convert_plan(plan: Plan, out: str | Path, *, progress: Progress | None = None) -> ConvertReport:
-    """Carry out a plan and report on the finished file."""
+def open_output(out: str | Path, options: ConvertOptions) -> PartialOutput:
+    """Take hold of the output.
+
+    Raises:
+        OutputError: it exists, cannot be written, or another run is writing it.
+    """
+    path, is_directory = Path(out), options.max_shard_size is not None
+    if options.part is not None:
+        path = _part_path(path, options.part)
+    return PartialOutput(path, force=options.force, fresh=options.fresh, is_directory=is_directory)
+
+
+def _part_path(out: Path, part: tuple[int, int]) -> Path:
+    """Return the file of one part in the directory ``out``, which is made where it is missing."""
+    if not out.is_dir():
+        check_output(out, force=False, is_directory=True)
+        try:
+            out.mkdir(exist_ok=True)  # another part may make it at the same moment
+        except OSError as error:
+            raise OutputError(f"cannot be made ({error.strerror})", path=out, fix="choose another output") from error
+    return out / shard_name(*part)
+
+
+def convert_plan(
+    plan: Plan, partial: PartialOutput, *, progress: Progress | None = None, executor: Executor | None = None
+) -> ConvertReport:
+    """Carry out a plan and report on the finished output."""
     started = time.perf_counter()
-    outcome = write_plan(plan, out, progress or (lambda done, total: None))
-    file = SalrFile(out)
+    outcome = write_plan(plan, partial, progress or (lambda done, total: None), executor)
+    file = SalrFile(partial.path)
+    if plan.options.part is not None:
+        complete_set(partial.path.parent)
     return ConvertReport(
-        path=str(out),
+        path=str(partial.path),
         sizes=size_report(file),
         error=error_report(file.modules),
-        n_modules=len(plan.modules),
+        n_modules=len(file.modules),
         n_kept=len(plan.kept),
         n_inputs=len(plan.ledger),
         seconds=time.perf_counter() - started,
@@ -61,51 +111,138 @@ def convert_plan(plan: Plan, out: str | Path, *, progress: Progress | None = Non
     )
 
 
-def plan_conversion(source: str | Path, options: ConvertOptions) -> Plan:
-    """Open the source with its adapters and decide what becomes of every tensor."""
+def plan_conversion(source: str | Path, options: ConvertOptions, partial: PartialOutput | None = None) -> Plan:
+    """Open the source with its adapters and decide what becomes of every tensor.
+
+    What needs a look at the whole model is kept in ``options.plan_file``, or else in ``partial``.
+    """
     checkpoint, adapters = open_source(source, options)
-    plan = make_plan(checkpoint, adapters, options)
-    if options.target_bits is None:
-        return plan
-    if not options.module.sparsity or options.overrides:
+    if not options.looks_at_whole_model:
+        return make_plan(checkpoint, adapters, options)
+    if options.target_bits is not None and (not options.module.sparsity or options.overrides):
         raise OptionError(
             "--target-bits chooses every sparsity and rank itself", fix="drop --sparsity 0, --preset and --set"
         )
-    device = resolve_device(options.device)
-    with one_thread_each(worker_count(options, device)) as pool:
-        budgeted, _ = with_budget(plan, options, device, pool)
-    return make_plan(checkpoint, adapters, budgeted)
+    device = resolve_devices(options.device)[0]
+
+    def decide() -> Decisions:
+        plan = make_plan(checkpoint, adapters, options)
+        if options.target_bits is None:
+            return Decisions(kept_counts={module.name: module.entry.nnz for module in plan.modules})
+        with one_thread_each(worker_count(options.workers, [device])) as pool:
+            return Decisions(overrides=with_budget(plan, options, device, pool)[0].overrides)
+
+    path = options.plan_file or (partial.folder / PLAN_NAME if partial is not None else None)
+    undivided = replace(options, part=None, max_shard_size=None)
+    facts = fingerprint(undivided, device, _input_files(checkpoint, adapters), {}, [])
+    is_missing = options.part is not None and options.plan_file is None
+    must_exist = options.part is not None
+    decided = decided_once(None if is_missing else path, facts, decide, must_exist=must_exist)
+    if decided.overrides is not None:
+        options = replace(options, overrides=decided.overrides)
+    return make_plan(checkpoint, adapters, options, decided.kept_counts)
 
 
-def write_plan(plan: Plan, out: str | Path, progress: Progress) -> Outcome:
-    """Carry out a plan; nothing of the final name exists until all of it is done."""
-    options, device = plan.options, resolve_device(plan.options.device)
+def write_plan(plan: Plan, partial: PartialOutput, progress: Progress, executor: Executor | None = None) -> Outcome:
+    """Carry out a plan, or go on with it; nothing of the final name exists until all of it is done."""
+    options, devices = plan.options, resolve_devices(plan.options.device)
+    workers = worker_count(options.workers, devices)
+    contents = _contents(plan)
+    inputs = _input_files(plan.checkpoint, plan.adapters)
+    assets = {naming.ASSET_PREFIX + asset.name: _read(asset, plan.checkpoint) for asset in plan.assets()}
+    facts = fingerprint(options, devices[0], inputs, assets, plan.specs())
     with (
-        SalrWriter(out, plan.specs(), force=options.force, fresh=options.fresh) as writer,
-        one_thread_each(worker_count(options, device)) as pool,
+        ResumingWriter(partial, _specs_by_file(plan, contents), facts) as writer,
+        (executor or LocalExecutor(devices, workers)).open(plan) as packers,
+        one_thread_each(max(workers, len(packers))) as pool,
         beside(2) as helpers,
     ):
-        copies = helpers.submit(_copy_unchanged, plan, writer)
-        hashes = [(name, helpers.submit(sha256, path)) for name, path in _source_files(plan)]
-        outcome = Job(plan, device, writer).run(pool, progress)
+        copies = helpers.submit(_copy_unchanged, plan, writer, assets)
+        hashes = helpers.submit(_digests, inputs, writer)
+        job = Job(plan, devices[0], writer, HiddenSpool(partial.folder), inputs.watch)
+        outcome = job.run(Team(pool, packers), progress)
         copies.result()
-        files = [{"name": name, "sha256": future.result()} for name, future in hashes]
-        writer.finish(_manifest(plan, outcome, device, files))
+        manifest = _manifest(plan, outcome, devices[0], hashes.result())
+        inputs.check()
+        writer.finish(_manifests(manifest, contents, options.part))
     return outcome
 
 
-def _copy_unchanged(plan: Plan, writer: SalrWriter) -> None:
-    """Write what is carried along bit for bit: tensors that stay dense, and assets."""
+def _contents(plan: Plan) -> list[ShardContent]:
+    """Return what each shard holds, nothing for one file."""
+    if plan.options.part is not None:
+        return contents_in_parts(plan, plan.options.part[1])
+    return contents_by_size(plan, plan.options.max_shard_size) if plan.options.max_shard_size is not None else []
+
+
+def _specs_by_file(plan: Plan, contents: list[ShardContent]) -> list[TensorSpec] | dict[str, list[TensorSpec]]:
+    """Return the tensors of the file to write, or of each shard by its name."""
+    if not contents:
+        return plan.specs()
+    if plan.options.part is not None:
+        return list(contents[plan.options.part[0] - 1].specs)
+    return {shard_name(i, len(contents)): list(content.specs) for i, content in enumerate(contents, 1)}
+
+
+def _manifests(
+    whole: Manifest, contents: list[ShardContent], part: tuple[int, int] | None
+) -> Manifest | dict[str, Manifest]:
+    """Return the manifest of the file to write, or of each shard by its name."""
+    if not contents:
+        return whole
+    manifests = shard_manifests(whole, contents)
+    if part is not None:
+        return manifests[part[0] - 1]
+    return {shard_name(i, len(manifests)): manifest for i, manifest in enumerate(manifests, 1)}
+
+
+def _copy_unchanged(plan: Plan, writer: ResumingWriter, assets: Mapping[str, bytes]) -> None:
+    """Write what is carried along bit for bit and is not there yet: tensors that stay dense, and assets."""
     for tensor in plan.kept:
-        writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
-    for asset in plan.assets():
-        writer.write_pieces(naming.ASSET_PREFIX + asset.name, [asset.read()])
+        if writer.wants(tensor.name):
+            writer.write_pieces(tensor.name, plan.checkpoint.pieces(tensor.name))
+            writer.record([tensor.name])
+    for name, data in assets.items():
+        if writer.wants(name):
+            writer.write_pieces(name, [data])
+            writer.record([name])
 
 
-def _source_files(plan: Plan) -> list[tuple[str, Path]]:
+def _digests(inputs: InputFiles, writer: ResumingWriter) -> list[dict[str, str]]:
+    """Return name and SHA-256 of each input file; those that an interrupted run has computed are not read again."""
+    known = {note["file"]: note["sha256"] for note in writer.notes if "sha256" in note}
+    for name, path in inputs.paths.items():
+        if name not in known:
+            try:
+                known[name] = sha256(path)
+            except OSError as error:
+                raise lost(path, error) from error
+            writer.record(note={"file": name, "sha256": known[name]})
+    return [{"name": name, "sha256": known[name]} for name in inputs.paths]
+
+
+def _read(asset: Asset, checkpoint: Checkpoint) -> bytes:
+    """Return a file that is carried along; a link in the model's directory must not lead to what lies elsewhere.
+
+    A hub's cache, where files are links to ``../../blobs``, counts as one directory.
+    """
+    path, inside = asset.path.resolve(), checkpoint.directory.resolve()
+    roots = [inside, checkpoint.folder.resolve()]
+    roots += [inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else []
+    if not any(path.is_relative_to(root) for root in roots):
+        raise SourceError(
+            f"leads to {path}", path=asset.path, needed="a file of the model's directory", fix="copy it there"
+        )
+    try:
+        return asset.read()
+    except OSError as error:
+        raise lost(asset.path, error) from error
+
+
+def _input_files(checkpoint: Checkpoint, adapters: tuple[Adapter, ...] | list[Adapter]) -> InputFiles:
     """Return the files read, each under the name that the ledger gives it."""
-    files = [(path.name, path) for path in plan.checkpoint.source_paths()]
-    return files + [(input_file(a.name, path.name), path) for a in plan.adapters for path in a.weight_paths()]
+    paths = {path.name: path for path in checkpoint.source_paths()}
+    return InputFiles(paths | {input_file(a.name, path.name): path for a in adapters for path in a.weight_paths()})
 
 
 def _manifest(plan: Plan, outcome: Outcome, device: torch.device, files: list[dict[str, str]]) -> Manifest:
@@ -123,16 +260,5 @@ def _manifest(plan: Plan, outcome: Outcome, device: torch.device, files: list[di
             "files": files,
             **plan.checkpoint.provenance,
         },
-        environment=_environment(device),
+        environment=environment(device),
     )
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    """Return the device kind and library versions that shape the bytes."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{device.type}: {kind}",
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }

@@ -6,7 +6,7 @@ Invariant: each input tensor and each adapter key stands in the ledger exactly o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,8 +90,15 @@ class Plan:
         return self.checkpoint.assets()
 
 
-def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: ConvertOptions) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    options: ConvertOptions,
+    kept_counts: Mapping[str, int] | None = None,
+) -> Plan:
     """Decide what becomes of every tensor and adapter key.
+
+    ``kept_counts`` are the modules' nnz where scope ``global`` has counted them before.
 
     Raises:
         OptionError: a pattern matches nothing, or a rank exceeds min(N, K).
@@ -104,7 +111,7 @@ def make_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], options: Conv
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
     modules = [plan_module(choice, trained.get(choice.tensor.name, []), checkpoint, options) for choice in packed]
     if options.chosen_scope == "global":
-        modules = _with_global_counts(modules, checkpoint, options)
+        modules = _with_global_counts(modules, checkpoint, options, kept_counts)
     packed_names = {choice.tensor.name for choice in packed}
     kept = [choice for name, choice in sorted(choices.items()) if name not in packed_names]
     fates = {m.entry.source_tensor: ("packed", m.reason) for m in modules}
@@ -206,15 +213,19 @@ class _GlobalWeights(Sequence[torch.Tensor]):
 
 
 def _with_global_counts(
-    modules: list[PlannedModule], checkpoint: Checkpoint, options: ConvertOptions
+    modules: list[PlannedModule],
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    nnz: Mapping[str, int] | None,
 ) -> list[PlannedModule]:
     """Replace each module's nnz by what one magnitude threshold over all of them leaves it."""
     competing = [module for module in modules if module.entry.pattern != "dense"]
     if any(len(module.entry.shape) == 3 for module in competing) or options.overrides:
         raise OptionError("scope 'global'", needed="2-D weights and no --set", fix="use --scope layer")
-    n_removed = options.module.n_removed(sum(module.entry.n_weights for module in competing))
-    counts = global_kept_counts(_GlobalWeights(competing, checkpoint), n_removed)
-    nnz = {module.name: count for module, count in zip(competing, counts, strict=True)}
+    if nnz is None:
+        n_removed = options.module.n_removed(sum(module.entry.n_weights for module in competing))
+        counts = global_kept_counts(_GlobalWeights(competing, checkpoint), n_removed)
+        nnz = {module.name: count for module, count in zip(competing, counts, strict=True)}
     return [replace(m, entry=replace(m.entry, nnz=nnz[m.name])) if m.name in nnz else m for m in modules]
 
 

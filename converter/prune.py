@@ -30,8 +30,17 @@ def keep_largest(scores: torch.Tensor, n_kept: int) -> torch.Tensor:
     ties = scores == boundary
     n_missing = n_kept - mask.sum(1, keepdim=True)
     if bool((ties.sum(1, keepdim=True) > n_missing).any()):
-        ties &= ties.cumsum(1, dtype=torch.int32) <= n_missing
-    return mask | ties
+        _keep_first(ties, n_missing)
+    return mask.logical_or_(ties)
+
+
+def _keep_first(ties: torch.Tensor, n_kept: torch.Tensor) -> None:
+    """Clear all but the first ``n_kept`` (groups, 1) set entries of each group, in place."""
+    if ties.shape[0] == 1 and not ties.is_cuda:  # one long row: counting along it would take four bytes an entry
+        places = np.flatnonzero(ties.numpy())
+        ties.view(-1)[torch.from_numpy(places[int(n_kept) :])] = False
+    else:
+        ties &= ties.cumsum(1, dtype=torch.int32) <= n_kept
 
 
 def _ranked(scores: torch.Tensor, index: int) -> torch.Tensor:

@@ -91,6 +91,10 @@ class Quantized:
     codes: torch.Tensor
     scales: torch.Tensor
 
+    def to_cpu(self) -> Quantized:
+        """Return the same in this machine's memory."""
+        return Quantized(self.quantizer, self.codes.cpu(), self.scales.cpu())
+
     def values(self, mask: torch.Tensor) -> torch.Tensor:
         """Return the decoded weights (N, K) in float32, 0 outside the mask."""
         decoded = self.quantizer.decoded(self.codes, self.quantizer.each(self.scales, mask.shape[1]))

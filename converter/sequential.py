@@ -10,7 +10,7 @@ kept beyond the hidden states at a block's border.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -22,18 +22,21 @@ from .architecture import Architecture
 from .blocks import Block, BlockModel
 from .calibration import calibration_tokens
 from .options import ConvertOptions, Method
-from .packing import Calibrated, PackedModule, pack_module
+from .packers import LayerInputs, Team, oriented
+from .packing import PackedModule, assembled
 from .plan import Plan, PlannedModule
 from .prune import Groups, keep_in_groups
 from .sources import tensor_from_bytes
-from .weighted import damped_gram, output_energy
+from .spool import Hidden, Streams
+from .weighted import output_energy
 
-_ASYMMETRY = 0.5
 _WINDOW = 8
 #: windows on which sensitivities are measured
 _PROBES = 4
 _LAYER = Groups("layer")
 
+#: a module of a block with its tensors, trained adapters left out
+PackedLayer = tuple[PlannedModule, PackedModule]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -52,8 +55,12 @@ class _Statistics:
             self.cross.add_(other.cross)
 
 
-def open_block_run(plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor) -> BlockRun:
+def open_block_run(
+    plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor, team: Team | None = None
+) -> BlockRun:
     """Build the model without weights and run the calibration tokens up to its first block.
+
+    ``team`` packs; it may be missing where nothing is packed.
 
     Raises:
         CalibrationError: the data is unusable, or transformers cannot run the model block by block.
@@ -61,7 +68,8 @@ def open_block_run(plan: Plan, options: ConvertOptions, device: torch.device, po
     assert options.data is not None
     model = BlockModel(plan.checkpoint, Architecture(plan.checkpoint), device)
     tokens = calibration_tokens(options.data, plan.checkpoint)
-    return BlockRun(plan, model, model.embed(tokens), tokens.numel(), _BlockPacker(plan, options, device, pool))
+    packer = _BlockPacker(plan, options, device, pool, team)
+    return BlockRun(plan, model, model.embed(tokens), tokens.numel(), packer)
 
 
 @dataclass(frozen=True)
@@ -87,27 +95,37 @@ class BlockRun:
     n_tokens: int
     packer: _BlockPacker
 
-    def packed_modules(self) -> Iterator[tuple[PlannedModule, PackedModule]]:
-        """Yield the planned modules inside the model's blocks, packed, in the order the model uses them.
+    def packed_blocks(
+        self, wanted: Collection[str], start: int = 0, streams: Streams | None = None
+    ) -> Iterator[tuple[int, list[PackedLayer], Streams]]:
+        """Yield each block's number, its ``wanted`` modules packed, in the order of their use, and both streams behind.
+
+        Blocks behind the last wanted module are left out.
+
+        Args:
+            wanted: names of the modules to pack.
+            start: the first block to pack. streams: hidden states that enter it, where it is not block 0.
 
         Raises:
             CalibrationError: activations are not finite.
         """
-        by_block, streams = self._by_block(), (self.hidden, self.hidden)
-        for number in range(len(self.model.blocks)):
+        by_block, current = self.by_block(), streams or (self.hidden, self.hidden)
+        needed = [number for number, modules in by_block.items() if any(m.name in wanted for m in modules)]
+        for number in range(start, max(needed, default=-1) + 1):
             with self.model.loaded(number) as block:
-                packed, streams = self.packer.pack(block, by_block.get(number, []), *streams)
-                yield from packed
+                packed, current = self.packer.pack(block, by_block.get(number, []), wanted, *current)
+                yield number, packed, current
 
     def measured(self) -> Iterator[list[MeasuredModule]]:
         """Yield the planned modules of each block with what the source's own inputs tell about them."""
-        by_block, hidden = self._by_block(), self.hidden
+        by_block, hidden = self.by_block(), self.hidden
         for number in range(len(self.model.blocks)):
             with self.model.loaded(number) as block:
                 found, hidden = self.packer.measure(block, by_block.get(number, []), hidden)
                 yield found
 
-    def _by_block(self) -> dict[int, list[PlannedModule]]:
+    def by_block(self) -> dict[int, list[PlannedModule]]:
+        """Return the planned matrices inside the model's blocks."""
         by_block: dict[int, list[PlannedModule]] = {}
         for module in self.plan.modules:
             number = self.model.block_of(module.entry.source_tensor)
@@ -116,37 +134,43 @@ class BlockRun:
         return by_block
 
 
-_Packed = list[tuple[PlannedModule, PackedModule]]
-_Hidden = list[torch.Tensor]
-
-
 class _BlockPacker:
     """Packs the layers of one block at a time."""
 
-    def __init__(self, plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor) -> None:
-        self._plan, self._options, self._device, self._pool = plan, options, device, pool
+    def __init__(
+        self, plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor, team: Team | None
+    ) -> None:
+        self._plan, self._options, self._device, self._pool, self._team = plan, options, device, pool, team
         self._method = options.method_info
 
     def pack(
-        self, block: Block, modules: list[PlannedModule], source_in: _Hidden, packed_in: _Hidden
-    ) -> tuple[_Packed, tuple[_Hidden, _Hidden]]:
-        """Pack ``modules`` of a block that holds the source's weights; return them and both streams behind it."""
-        order, source_out = self._statistics(block, modules, source_in, packed_in, self._method)
+        self,
+        block: Block,
+        modules: list[PlannedModule],
+        wanted: Collection[str],
+        source_in: Hidden,
+        packed_in: Hidden,
+    ) -> tuple[list[PackedLayer], Streams]:
+        """Pack the ``wanted`` of a block's ``modules``, while it holds the source's weights.
+
+        Return them and both streams behind the block.
+        """
+        order, source_out = self._statistics(block, modules, wanted, source_in, packed_in, self._method)
         jobs = [self._pool.submit(self._pack_layer, module, block, found) for module, found in order]
         packed = [(module, job.result()) for (module, _), job in zip(order, jobs, strict=True)]
         if not self._method.sequential:
             return packed, (source_out, source_out)
         for module, result in packed:
-            weight = result.matrices[0].weight() + _delta(module, self._device)
-            block.set_weight(module.entry.source_tensor, _oriented(module, weight))
+            weight = result.matrices[0].weight().to(self._device) + _delta(module, self._device)
+            block.set_weight(module.entry.source_tensor, oriented(module, weight))
         return packed, (source_out, list(_windowed(self._pool, block.forward, packed_in)))
 
     def measure(
-        self, block: Block, modules: list[PlannedModule], hidden: _Hidden
-    ) -> tuple[list[MeasuredModule], _Hidden]:
+        self, block: Block, modules: list[PlannedModule], hidden: Hidden
+    ) -> tuple[list[MeasuredModule], Hidden]:
         """Return Gram matrix and sensitivity of each module, and the hidden states behind the block."""
         plain = replace(self._method, sequential=False)
-        order, output = self._statistics(block, modules, hidden, hidden, plain)
+        order, output = self._statistics(block, modules, {m.name for m in modules}, hidden, hidden, plain)
         probes = list(zip(hidden[:_PROBES], output, strict=False))
         found = [MeasuredModule(m, s.gram, self._sensitivity(block, m, s.gram, probes)) for m, s in order]
         return found, output
@@ -157,28 +181,34 @@ class _BlockPacker:
         """Prune a module by half for a moment, and see how far that moves the hidden states behind the block."""
         tensor = module.entry.source_tensor
         original = block.weight(tensor)
-        weight = _oriented(module, original)
+        weight = oriented(module, original)
         mask = keep_in_groups(weight.abs() * gram.diagonal().clamp_min(0).sqrt(), weight.numel() // 2, _LAYER)
         lost = output_energy(weight.masked_fill(mask, 0), gram) / (output_energy(weight, gram) or 1.0)
-        block.set_weight(tensor, _oriented(module, weight.masked_fill(~mask, 0)))
+        block.set_weight(tensor, oriented(module, weight.masked_fill(~mask, 0)))
         moved = [_relative_change(block.forward(hidden), output) for hidden, output in probes]
         block.set_weight(tensor, original)
         return sum(moved) / len(moved) / (lost or 1.0)
 
     def _statistics(
-        self, block: Block, modules: list[PlannedModule], source_in: _Hidden, packed_in: _Hidden, method: Method
-    ) -> tuple[list[tuple[PlannedModule, _Statistics]], _Hidden]:
-        """Merge trained adapters into the block; return each module's statistics and the source's stream behind it."""
-        by_tensor = {module.entry.source_tensor: module for module in modules}
+        self,
+        block: Block,
+        modules: list[PlannedModule],
+        wanted: Collection[str],
+        source_in: Hidden,
+        packed_in: Hidden,
+        method: Method,
+    ) -> tuple[list[tuple[PlannedModule, _Statistics]], Hidden]:
+        """Merge trained adapters into the block; return what the wanted modules saw, and the source's stream behind."""
+        by_tensor = {module.entry.source_tensor: module for module in modules if module.name in wanted}
         for module in modules:
             block.set_weight(module.entry.source_tensor, self._adapted(block, module))
-        groups = block.input_groups(packed_in[0], list(by_tensor)) if modules else []
+        groups = block.input_groups(packed_in[0], list(by_tensor)) if by_tensor else []
         statistics, source_out = self._collect([group[0] for group in groups], block, source_in, packed_in, method)
         return [(by_tensor[tensor], statistics[group[0]]) for group in groups for tensor in group], source_out
 
     def _collect(
-        self, tensors: list[str], block: Block, source_in: _Hidden, packed_in: _Hidden, method: Method
-    ) -> tuple[dict[str, _Statistics], _Hidden]:
+        self, tensors: list[str], block: Block, source_in: Hidden, packed_in: Hidden, method: Method
+    ) -> tuple[dict[str, _Statistics], Hidden]:
         """Return the statistics of each layer of ``tensors``, and the source's stream behind the block."""
         totals: dict[str, _Statistics] = {}
         outputs = []
@@ -207,19 +237,17 @@ class _BlockPacker:
             raise CalibrationError(
                 "its inputs are not finite on the calibration text", path=checkpoint.directory, tensor=module.name
             )
-        adapted = _oriented(module, source.weight(module.entry.source_tensor))
-        # Read again: (W + B A) - B A is not W to the last bit.
-        source_weight = checkpoint.read(module.entry.source_tensor).to(self._device).float()
-        target = _oriented(module, source_weight)
-        if statistics.cross is not None:
-            shift = adapted @ (statistics.cross - gram)
-            target = target + _ASYMMETRY * torch.cholesky_solve(shift.T, torch.linalg.cholesky(damped_gram(gram))).T
-        return pack_module(module, checkpoint, self._options, self._device, Calibrated(gram, target.contiguous()))
+        assert self._team is not None  # only runs that pack come here
+        adapted = oriented(module, source.weight(module.entry.source_tensor))
+        inputs = LayerInputs(gram, statistics.cross, adapted)
+        with self._team.borrowed() as packer:
+            matrices = list(packer.matrices(module, self._options, inputs))
+        return assembled(module, matrices, self._options.chosen_method)
 
     def _adapted(self, block: Block, module: PlannedModule) -> torch.Tensor:
         """Return the block's weight with the trained adapters merged, in the block's orientation."""
         weight = block.weight(module.entry.source_tensor)
-        return weight + _oriented(module, _delta(module, self._device)) if module.trained else weight
+        return weight + oriented(module, _delta(module, self._device)) if module.trained else weight
 
 
 def _relative_change(moved: torch.Tensor, original: torch.Tensor) -> float:
@@ -232,11 +260,6 @@ def _windowed(pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], it
     """Yield results in the order of ``items``, computing a few at a time so that they do not pile up."""
     for start in range(0, len(items), _WINDOW):
         yield from pool.map(function, items[start : start + _WINDOW])
-
-
-def _oriented(module: PlannedModule, weight: torch.Tensor) -> torch.Tensor:
-    """Turn a weight between the block's orientation and (N, K); its own inverse."""
-    return weight.T.contiguous() if module.entry.transposed and weight.ndim == 2 else weight
 
 
 def _delta(module: PlannedModule, device: torch.device) -> torch.Tensor:

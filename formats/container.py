@@ -93,6 +93,10 @@ class Container:
         begin, end = (self.data_start + offset for offset in offsets)
         return StoredTensor(name, dtype, tuple(shape), begin, end)
 
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds a tensor: this one."""
+        return self.path
+
     def raw(self, name: str) -> memoryview:
         """Return a tensor's bytes without a copy.
 

@@ -46,6 +46,10 @@ class SourceError(SalrError):
     """A checkpoint cannot be read, or holds something that cannot be converted."""
 
 
+class InputLostError(SourceError):
+    """An input file vanished or changed while it was read."""
+
+
 class AdapterError(SalrError):
     """An adapter cannot be read, does not fit its base, or uses a feature that has no exact form here."""
 

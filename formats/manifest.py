@@ -25,6 +25,7 @@ VALUES_FROM = ("source", "source_minus_residual", "refit")
 KNOWN_FEATURES: frozenset[str] = frozenset()
 FATES = ("packed", "kept", "folded", "dropped")
 _TOO_LARGE = 2**63
+_MOST_SHARDS = 100_000
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _Value = TypeVar("_Value")
@@ -116,10 +117,15 @@ class Manifest:
     source: Json = field(default_factory=dict)
     environment: Json = field(default_factory=dict)
     required_features: tuple[str, ...] = ()
+    #: (i, n): this is the i-th of the n files of one model, which share ``set_id``
+    shard: tuple[int, int] | None = None
+    set_id: str | None = None
 
     def to_json(self) -> bytes:
         """Return canonical JSON: sorted keys, no spaces, shortest round-trip floats, UTF-8."""
         value = asdict(self)
+        if self.shard is None:
+            del value["shard"], value["set_id"]
         for entry in value["modules"].values():
             if entry["error"]["output"] is None:
                 del entry["error"]["output"]
@@ -200,7 +206,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     unknown = sorted(set(features) - KNOWN_FEATURES)
     if unknown:
         raise VersionError(f"the file requires feature {', '.join(unknown)}", path=path, fix="upgrade salr")
-    modules = {name: _parse_module(entry, name, path) for name, entry in top.get("modules", dict).items()}
+    modules = {name: parse_module(entry, name, path) for name, entry in top.get("modules", dict).items()}
     _check_source_tensors(modules, top)
     return Manifest(
         generator=top.get("generator", str),
@@ -211,7 +217,19 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         source=top.get("source", dict),
         environment=top.get("environment", dict),
         required_features=features,
+        shard=_parse_shard(top),
+        set_id=top.maybe("set_id", str),
     )
+
+
+def _parse_shard(top: _Fields) -> tuple[int, int] | None:
+    shard = top.maybe("shard", list)
+    if shard is None:
+        return None
+    if len(shard) != 2 or not all(type(n) is int for n in shard) or not 1 <= shard[0] <= shard[1] < _MOST_SHARDS:
+        raise top.error("shard", repr(shard), "[i, n] with 1 <= i <= n")
+    top.get("set_id", str)
+    return shard[0], shard[1]
 
 
 def _check_source_tensors(modules: Mapping[str, ModuleEntry], top: _Fields) -> None:
@@ -231,7 +249,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
-def _parse_module(value: object, name: str, path: str) -> ModuleEntry:
+def parse_module(value: object, name: str, path: str) -> ModuleEntry:
+    """Parse and check the entry of module ``name``; ``path`` is what errors name.
+
+    Raises:
+        FormatError: a key has the wrong type or range.
+    """
     fields = _Fields(value, f"modules.{name}", path)
     shape, source_shape, transposed = _parse_shapes(fields)
     encoding = fields.choice("encoding", ENCODINGS)

@@ -15,30 +15,52 @@ from . import naming, validation
 from .container import Container, StoredTensor, identity_of
 from .dtypes import Array, F32Array, to_float32
 from .errors import ChecksumError, FormatError
-from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry, parse_manifest
+from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry
 from .module import AdapterStack, LowRankPair, ModuleTensors, stack_adapters
+from .opening import open_checked
+from .sharding import ShardSet, index_path, open_shards
 from .values import QUANTIZED_BITS
 
 
 class SalrFile:
-    """A .salr file, opened for reading.
+    """A .salr file, opened for reading; or a directory of shards (or its index), read as if it were one file.
 
     Raises:
-        FormatError: header or manifest break a rule of docs/format.md (also VersionError and ChecksumError).
+        FormatError: header or manifest break a rule of docs/format.md (also VersionError and ChecksumError), or shards
+            are missing or do not belong together.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._container = Container(path)
-        validation.check_version(self._container)
-        validation.check_header(self._container)
-        self.manifest: Manifest = parse_manifest(bytes(self._container.raw(MANIFEST_NAME)), str(path))
-        validation.check_manifest(self._container, self.manifest)
+        index = index_path(Path(path))
+        self._container: Container | ShardSet
+        self.manifest: Manifest
+        if index is None:
+            self._container, self.manifest = open_checked(path)
+        else:
+            self._container = open_shards(index)
+            self.manifest = self._container.manifest
         self._checked: set[str] = set()
 
     @property
     def path(self) -> Path:
-        """The file's path."""
+        """The file's path, or that of the shards' directory."""
         return self._container.path
+
+    @property
+    def is_sharded(self) -> bool:
+        """Tell whether this is a directory of shards."""
+        return isinstance(self._container, ShardSet)
+
+    def require_one_file(self, purpose: str) -> None:
+        """Refuse shards for a ``purpose`` that needs one file.
+
+        Raises:
+            FormatError: this is a directory of shards.
+        """
+        if self.is_sharded:
+            raise FormatError(
+                f"{purpose} needs one file", path=self.path, fix=f"make it with `salr join {self.path} OUT.salr`"
+            )
 
     def is_current(self) -> bool:
         """Tell whether the path still leads to the very file that was opened."""
@@ -116,7 +138,7 @@ class SalrFile:
             to_float32(self.tensor(scales), self.tensors[scales].dtype) if entry.encoding in QUANTIZED_BITS else None,
         )
         if name not in self._checked:
-            validation.check_module(tensors, str(self.path), name)
+            validation.check_module(tensors, str(self._container.path_of(naming.values_name(name))), name)
             self._checked.add(name)
         return tensors
 
@@ -129,7 +151,7 @@ class SalrFile:
                 scaling = np.full(adapter.rank, adapter.scaling, np.float32)
                 if self._is_int8(module, adapter.name):
                     scaling = scaling * self.tensor(naming.rank_scales_name(module, adapter.name))
-            validation.check_scaling(scaling, str(self.path), module, adapter.name)
+            validation.check_scaling(scaling, str(self._container.path_of(name_a)), module, adapter.name)
             dtype = self.tensors[name_a].dtype
             pairs.append(LowRankPair(adapter.name, dtype, self.tensor(name_a), self.tensor(name_b), scaling))
         return pairs
@@ -163,7 +185,10 @@ class SalrFile:
                 None
                 if sound
                 else ChecksumError(
-                    "its bytes differ from their digest", path=self.path, tensor=name, fix=validation.REMAKE
+                    "its bytes differ from their digest",
+                    path=self._container.path_of(name),
+                    tensor=name,
+                    fix=validation.REMAKE,
                 ),
             )
         for name in self.modules:

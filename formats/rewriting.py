@@ -64,6 +64,7 @@ def rewriting(
         OutputError: see ``SalrWriter``; or ``file`` is to be replaced, and another edit did so since it was opened.
     """
     new = {spec.name: spec for spec in added}
+    file.require_one_file("editing adapters")
     specs = _specs_in_order(file, modules, new)
     force = destination.force or destination.out is None
     with SalrWriter(destination.of(file), specs, force=force, fresh=destination.fresh) as writer:
@@ -71,15 +72,19 @@ def rewriting(
             raise OutputError("was changed while it was edited", path=file.path, fix="run the command again")
         copied = [spec.name for spec in specs if spec.name not in new]
         for done, name in enumerate(copied, 1):
-            _copy(file, writer, name)
+            copy_tensor(writer, name, file.raw(name), file.manifest.checksums, file.path)
             progress(done, len(copied))
         yield writer
 
 
-def _copy(file: SalrFile, writer: SalrWriter, name: str) -> None:
-    raw = file.raw(name)
+def copy_tensor(writer: SalrWriter, name: str, raw: memoryview, checksums: Mapping[str, str], path: str | Path) -> None:
+    """Copy a tensor from ``raw`` of the file at ``path``.
+
+    Raises:
+        ChecksumError: its bytes do not match their digest.
+    """
     pieces = (raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES))
-    _compare(file, name, writer.write_pieces(name, pieces))
+    _compare(path, name, writer.write_pieces(name, pieces), checksums)
 
 
 def check_digest(file: SalrFile, name: str) -> None:
@@ -88,12 +93,12 @@ def check_digest(file: SalrFile, name: str) -> None:
     Raises:
         ChecksumError: they do not match the tensor's digest.
     """
-    _compare(file, name, digest(file.raw(name)))
+    _compare(file.path, name, digest(file.raw(name)), file.manifest.checksums)
 
 
-def _compare(file: SalrFile, name: str, found: str) -> None:
-    if found != file.manifest.checksums[name]:
-        raise ChecksumError("its bytes differ from their digest", path=file.path, tensor=name, fix=REMAKE)
+def _compare(path: str | Path, name: str, found: str, checksums: Mapping[str, str]) -> None:
+    if found != checksums[name]:
+        raise ChecksumError("its bytes differ from their digest", path=path, tensor=name, fix=REMAKE)
 
 
 def _specs_in_order(
@@ -102,19 +107,18 @@ def _specs_in_order(
     """Return every tensor of the new file in the order in which a conversion lists them, so that places agree."""
     tensors = file.tensors
     by_place = sorted(modules, key=lambda module: tensors[naming.values_name(module)].begin)
-    names = [name for module in by_place for name in _module_names(module, modules[module], tensors, new)]
+    names = [name for module in by_place for name in module_tensor_names(module, modules[module], tensors, new)]
     assets = [name for name in tensors if name.startswith(naming.ASSET_PREFIX)]
     names += sorted({*file.dense_tensors(), *(set(new) - set(names))})
     names += sorted(assets, key=lambda name: tensors[name].begin)
     return [new.get(name) or TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name in names]
 
 
-def _module_names(
-    module: str, entry: ModuleEntry, old: Mapping[str, TensorSpec], new: Mapping[str, TensorSpec]
-) -> list[str]:
+def module_tensor_names(module: str, entry: ModuleEntry, *held: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names of a module's tensors in the order of a conversion; ``held`` tell which factors are int8."""
     names = [spec.name for spec in naming.module_specs(module, entry)]
     for adapter in entry.adapters:
         names += [naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)]
         scales = naming.rank_scales_name(module, adapter.name)
-        names += [scales] if scales in new or scales in old else []
+        names += [scales] if any(scales in tensors for tensors in held) else []
     return names

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.protocol import EvalOptions as EvalOptions
     from .evaluation.results import EvalResult as EvalResult
     from .formats.errors import SalrError as SalrError
+    from .formats.joining import join as join
     from .formats.reader import SalrFile as SalrFile
     from .formats.rewriting import Destination as Destination
     from .integrations.config import SalrConfig as SalrConfig
@@ -55,6 +56,7 @@ _PUBLIC = {
     "SalrFile": ".formats.reader",
     "add_adapter": ".converter.adapters.editing",
     "convert": ".converter.pipeline",
+    "join": ".formats.joining",
     "evaluate": ".evaluation.evaluate",
     "export_peft": ".converter.peft_export",
     "list_adapters": ".converter.adapters.summary",
@@ -81,6 +83,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export_peft",
+    "join",
     "list_adapters",
     "load",
     "load_tokenizer",

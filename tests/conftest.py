@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fuzz: many mutated files; runs where SALR_FUZZ=1")
+    config.addinivalue_line("markers", "fuzz: the long versions of tests; runs where SALR_FUZZ=1")
     config.addinivalue_line("markers", "gpu: runs where torch finds a CUDA device and CuPy is installed")
 
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("SALR_FUZZ") != "1":
         for item in items:
             if item.get_closest_marker("fuzz"):
-                item.add_marker(pytest.mark.skip(reason="set SALR_FUZZ=1 for 20,000 mutated files"))
+                item.add_marker(pytest.mark.skip(reason="a long version: set SALR_FUZZ=1"))
     if any(item.get_closest_marker("gpu") for item in items):
         reason = _reason_without_gpu()
         for item in items:

@@ -27,6 +27,11 @@ class Factors(NamedTuple):
         """Return B with the scales of its ranks, so that the product with A is the update."""
         return self.lora_B if self.rank_scales is None else self.lora_B * self.rank_scales
 
+    def to_cpu(self) -> Factors:
+        """Return the same in this machine's memory."""
+        scales = None if self.rank_scales is None else self.rank_scales.cpu()
+        return Factors(self.lora_B.cpu(), self.lora_A.cpu(), scales)
+
     def subtracted(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W - B A (N, K) in float32."""
         return minus_product(weight, self.scaled_b(), self.lora_A)

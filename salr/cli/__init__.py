@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import adapters, bench, console, convert, doctor, eval, export, generate, inspect, unpack, verify
+from . import adapters, bench, console, convert, doctor, eval, export, generate, inspect, join, unpack, verify
 
 app = typer.Typer(
     name="salr",
@@ -28,6 +28,7 @@ app.command("generate", rich_help_panel="Run")(console.guarded(generate.generate
 app.command("bench", rich_help_panel="Run")(console.guarded(bench.bench))
 app.add_typer(export.app, name="export", rich_help_panel="Leave")
 app.command("unpack", rich_help_panel="Leave")(console.guarded(unpack.unpack))
+app.command("join", rich_help_panel="Tools")(console.guarded(join.join))
 app.command("doctor", rich_help_panel="Tools")(console.guarded(doctor.doctor))
 
 

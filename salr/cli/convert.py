@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..formats.errors import OptionError
 from ..formats.reader import SalrFile
 from . import console
 from .inspect import show_modules, summary_lines
 
 if TYPE_CHECKING:
     from ..converter.options import CalibrationOptions, ConvertOptions
+    from ..converter.packers import Executor
     from ..converter.plan import Plan
     from ..converter.report import ConvertReport
+
+EXECUTORS = ("local", "ray")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
@@ -89,8 +95,20 @@ def convert(
     dry_run: Annotated[bool, typer.Option(help="Show the plan and each choice's reason; write nothing.")] = False,
     force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
     fresh: Annotated[bool, typer.Option(help="Discard what an interrupted run left.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda[:i].")] = "cpu",
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="As 5GB: OUT becomes a directory of shards, with an index.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Make the I-th of N shards into the directory OUT; salr join joins them."),
+    ] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Keeps decisions about the whole model, made once for all parts."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda (all GPUs) or cuda:i,...")] = "cpu",
     workers: Annotated[int | None, typer.Option(help="Modules converted at once.", show_default="one a core")] = None,
+    executor: Annotated[str, typer.Option(help="Who converts: local, or ray (a Ray cluster).")] = "local",
     as_json: console.Json = False,
     quiet: console.Quiet = False,
     verbose: console.Verbose = False,
@@ -98,8 +116,7 @@ def convert(
     """Convert SRC (a model, or a LoRA with its base; a directory, a .gguf file or a hub id) to one .salr file."""
     from ..converter.module_options import module_options, parse_override, read_recipe
     from ..converter.options import ConvertOptions
-    from ..converter.pipeline import convert_plan, plan_conversion
-    from ..formats.output_file import check_output
+    from ..converter.pipeline import convert_plan, open_output, plan_conversion
 
     options = ConvertOptions(
         module=module_options(
@@ -126,21 +143,63 @@ def convert(
         workers=workers,
         force=force,
         fresh=fresh,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        part=None if part is None else parse_part(part),
+        plan_file=plan_file,
     )
-    if not dry_run:
-        check_output(out, force=force)
-    plan = plan_conversion(source, options)
+    check_executor(executor)
     if dry_run:
-        return show_plan(plan, as_json)
+        return show_plan(plan_conversion(source, options), as_json)
     silent = quiet or as_json
-    show_source(plan, options, out, silent)
-    with console.progress_bar("convert", quiet=silent) as progress:
-        report = convert_plan(plan, out, progress=progress)
+    with open_output(out, options) as partial:
+        plan = plan_conversion(source, options, partial)
+        show_source(plan, options, partial.path, silent)
+        with console.progress_bar("convert", quiet=silent) as progress:
+            report = convert_plan(plan, partial, progress=progress, executor=open_executor(executor, source, options))
     if as_json:
         return console.say_json(asdict(report))
     if verbose:
-        show_modules(SalrFile(out))
+        show_modules(SalrFile(report.path))
     return show_report(report, plan, quiet)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size like 5GB or 300MB (powers of ten), or of a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise OptionError(f"size {text!r}", needed="a number with KB, MB, GB or TB, as 5GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse I/N."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None:
+        raise OptionError(f"--part {text!r}", needed="I/N, as 3/8")
+    return int(found[1]), int(found[2])
+
+
+def check_executor(name: str) -> None:
+    """Refuse an executor that is none.
+
+    Raises:
+        OptionError: see above.
+    """
+    if name not in EXECUTORS:
+        raise OptionError(f"executor {name!r}", needed="one of " + ", ".join(EXECUTORS))
+
+
+def open_executor(name: str, source: Path, options: ConvertOptions) -> Executor | None:
+    """Return who packs, None for this process.
+
+    Raises:
+        OptionError: Ray is not installed.
+    """
+    if name == "local":
+        return None
+    from ..integrations.ray_executor import RayExecutor
+
+    return RayExecutor(source, options)
 
 
 def calibration_options(text: str | None, samples: int | None, length: int, seed: int) -> CalibrationOptions | None:
@@ -178,6 +237,9 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
 def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> None:
     """Print what was found and what will be done."""
+    from ..converter.devices import resolve_devices, worker_count
+    from ..converter.preflight import needs_of
+
     checkpoint = plan.checkpoint
     n_parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     n_bytes = sum(len(checkpoint.raw(name)) for name in checkpoint.tensors)
@@ -186,7 +248,6 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     removed = 1 - sum(module.entry.nnz for module in plan.modules) / packed
     ranks = sorted({module.residual_rank for module in plan.modules})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    disk = sum(spec.n_bytes for spec in plan.specs())
     free = shutil.disk_usage(out.parent).free
     console.say(
         f"{Path(checkpoint.named).name}   {checkpoint.architecture or 'no model class'}, {'/'.join(dtypes).lower()}, "
@@ -200,11 +261,18 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     )
     for adapter in plan.adapters:
         console.say(f"        adapter '{adapter.name}' kept exact: {len(adapter.pairs)} modules", quiet=quiet)
+    needs = needs_of(plan, worker_count(options.workers, resolve_devices(options.device)))
+    spool = f" and {console.megabytes(needs.spool_bytes)} meanwhile" if needs.spool_bytes else ""
+    available = needs.free_memory_bytes
+    memory = f" ({console.megabytes(available)} free)" if available is not None else ""
+    console.say(f"        {describe_method(options)}, {options.device}", quiet=quiet)
     console.say(
-        f"        {describe_method(options)}, {options.device}, disk {console.megabytes(disk)} "
-        f"({console.megabytes(free)} free)",
+        f"        peak memory about {console.megabytes(needs.memory_bytes)}{memory}, disk "
+        f"{console.megabytes(needs.disk_bytes)}{spool} ({console.megabytes(free)} free)",
         quiet=quiet,
     )
+    if needs.exceeds_memory:
+        console.say("! That is more memory than is free: fewer --workers need less.", quiet=quiet)
 
 
 def describe_method(options: ConvertOptions) -> str:

@@ -57,6 +57,9 @@ def show_file(file: SalrFile, modules: bool) -> None:
     console.say(
         f"{file.path.name}   {source.get('architecture') or 'no model class'}   made by {file.manifest.generator}"
     )
+    shard = file.manifest.shard
+    if shard is not None:
+        console.say(f"shard                   {shard[0]} of {shard[1]}: the others are not looked at")
     recipe = ", ".join(f"{key} {option_text(key, value)}" for key, value in options.items() if value not in ([], None))
     console.say(f"recipe                  {recipe}")
     for line in (*summary_lines(file), *adapter_lines(file)):

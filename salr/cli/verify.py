@@ -26,10 +26,10 @@ def verify(
     try:
         file = SalrFile(path)
     except FormatError as error:
-        if not path.is_file():
+        if not path.exists():
             raise
         return _report([error], 0, 0, as_json)
-    total = len(file.tensors) - 1 + len(file.modules)
+    total = len(file.manifest.checksums) + len(file.modules)
     problems, n_checked = _collect(file.check_all(), total, "verify", quiet or as_json)
     n_compared = 0
     if against is not None and not problems:

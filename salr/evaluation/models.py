@@ -22,6 +22,7 @@ from ..converter.report import size_report
 from ..converter.sources import Checkpoint
 from ..formats.dtypes import tensor_bytes
 from ..formats.reader import SalrFile
+from ..formats.sharding import INDEX_NAME
 from ..runtime.errors import LoadError
 from ..runtime.mapped import decoded, mapped_tensor
 from ..runtime.quiet import quiet_transformers
@@ -162,7 +163,7 @@ def open_model(path: str | Path) -> Iterator[ModelSource]:
         SalrError: it is neither, or is damaged.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not (path / INDEX_NAME).is_file():
         yield DenseModel(path)
         return
     if not path.exists():

@@ -101,6 +101,7 @@ def export_onnx(
     check_opset(opset)
     options = _Options(weights, adapters, opset, dtype, get_library_path() if library else None)
     file = SalrFile(path)
+    file.require_one_file("salr export onnx")
     n_packed = sum(entry.n_weights for entry in file.modules.values())
     with output_directory(out) as partial:
         written = _write(file, partial, options)

@@ -139,13 +139,14 @@ def test_a_forced_conversion_that_fails_leaves_the_old_file(fails, source, out):
     assert out.read_bytes() == b"precious" and left(out) == ["out.salr"]
 
 
-def test_a_leftover_partial_folder_is_refused_until_fresh(salr, fails, source, out):
+def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, source, out):
     partial = Path(f"{out}.partial")
     partial.mkdir()
-    assert "another conversion is writing this output, or one was interrupted" in fails(
-        "convert", source, out, "--quiet"
-    )
-    assert not out.exists()
+    (partial / "data").write_bytes(b"half")
+    (partial / "journal").write_text('{"fingerprint":{"options":{"sparsity":0.7}}}\n')
+    message = fails("convert", *MAGNITUDE, source, out, "--quiet")
+    assert "out.salr.partial: an interrupted run with another" in message and "give --fresh to start over" in message
+    assert not out.exists() and (partial / "data").read_bytes() == b"half"
     assert salr("convert", *MAGNITUDE, source, out, "--fresh").exit_code == 0
     assert out.is_file() and not partial.exists()
 
@@ -166,7 +167,7 @@ def test_a_leftover_partial_folder_is_refused_until_fresh(salr, fails, source, o
         (["--set", "* colour=1"], "unknown setting 'colour'"), (["--set", "*"], "needed 'PATTERN key=value,key=value'"),
         (["--recipe", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
         (["--workers", "0"], "0 workers, needed 1 or more"),
-        (["--device", "gpu"], "device 'gpu', needed cpu or cuda[:i]"), (["--base", "/nowhere"], "--base"),
+        (["--device", "gpu"], "device 'gpu', needed cpu or cuda[:i,...]"), (["--base", "/nowhere"], "--base"),
         (["--adapter", "/nowhere"], "/nowhere/adapter_config.json: cannot be read"),
         (["--adapter", "residual=/nowhere"], "adapter name 'residual'"),
     ],

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import salr
+
 MAGNITUDE = ("--method", "magnitude")
 
 ROOT = Path(__file__).parents[2]
@@ -16,15 +18,15 @@ INTERRUPTED = """
 import os, signal, sys, time
 from salr.formats.writer import SalrWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
-write = SalrWriter.write
+stream = SalrWriter.stream
 sent = []
-def interrupted(self, name, array):
+def interrupted(self, name):
     if "layers.1" in name and not sent:
         sent.append(name)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
-    write(self, name, array)
-SalrWriter.write = interrupted
+    return stream(self, name)
+SalrWriter.stream = interrupted
 from salr.cli import main
 sys.exit(main())
 """
@@ -44,15 +46,19 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_an_interrupt_exits_with_130_and_leaves_no_output(llama, tmp_path):
     done = run(INTERRUPTED, "convert", *MAGNITUDE, llama, tmp_path / "out.salr", "--quiet", "--workers", 2)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "salr: interrupted; nothing stands under the output's name\n"
+    assert done.stderr.startswith("salr: interrupted; nothing stands under the output's name")
     assert not (tmp_path / "out.salr").exists()
 
 
-def test_a_disk_that_fills_up_while_converting_is_one_line_and_leaves_nothing(llama, tmp_path):
-    done = run(LIMITED, 100_000, "convert", *MAGNITUDE, llama, tmp_path / "out.salr", "--quiet")
+def test_a_disk_that_fills_up_while_converting_is_one_line_and_the_same_command_goes_on(llama, packed, tmp_path):
+    arguments = ("convert", *MAGNITUDE, "--rank", 8, llama, tmp_path / "out.salr")
+    done = run(LIMITED, 100_000, *arguments, "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"salr: {tmp_path / 'out.salr'}: writing failed (File too large)")
-    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith(f"salr: {tmp_path / 'out.salr'}: writing failed (File too large); free disk space")
+    assert done.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["out.salr.partial"]
+    salr.convert(llama, tmp_path / "out.salr", salr.ConvertOptions(salr.ModuleOptions(0.5, 8), method="magnitude"))
+    assert (tmp_path / "out.salr").read_bytes() == packed.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.salr"]
 
 
 @pytest.mark.parametrize("limit", [100_000, 5], ids=["in the weights", "in an asset"])

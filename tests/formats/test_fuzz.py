@@ -1,17 +1,25 @@
-"""Mutated files: whatever bytes come, opening, checking and decoding raise nothing but SalrError."""
+"""Mutated files: whatever bytes come, opening, checking and decoding raise nothing but SalrError.
+
+Nor do they hang, or allocate more than twice the file to check it.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
+import signal
 import tempfile
+import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from salr.formats.container import Container
 from salr.formats.errors import SalrError
+from salr.formats.manifest import parse_module
+from salr.formats.naming import module_specs
 from salr.formats.reader import SalrFile
 from salr.formats.validation import header_digest
 
@@ -37,6 +45,8 @@ JUNK = [
     [1],
     "\ud800",
 ]
+#: Python objects made from the header and manifest of a file of a few kilobytes
+JSON_BYTES = 500_000
 DTYPES = ["U8", "I8", "BF16", "F16", "F32", "U64", "I64", "BOOL", "F64", "F8_E4M3", "F4", "C64", "X9"]
 
 
@@ -114,23 +124,55 @@ def mutated(data: bytes, draft, rng: random.Random, path: Path) -> bytes:
     return sealed_header(data, rng) if kind < 6 else sealed_junk(draft, rng, path)
 
 
-def read_everything(path: Path) -> bool:
-    """Open, check and decode all of a file; tell whether it was sound."""
+def check_everything(path: Path) -> SalrFile | None:
+    """Open and check all of a file; return it where it is sound."""
+    try:
+        file = SalrFile(path)
+    except SalrError:
+        return None
+    return file if all(problem is None for _, problem in file.check_all()) else None
+
+
+def decode_everything(path: Path) -> bool:
+    """Decode and slice all modules of a file, checked or not; tell whether that was possible."""
     try:
         file = SalrFile(path)
     except SalrError:
         return False
-    sound = all(problem is None for _, problem in file.check_all())
+    decoded = True
     for name in file.modules:
         try:
             file.dense(name, adapters=True)
             file.slice(name, rows=slice(0, 1))
         except SalrError:
-            sound = False
-    return sound
+            decoded = False
+    return decoded
 
 
-def run(golden: Path, draft, seeds: range) -> int:
+@contextmanager
+def limited(n_bytes: int, *, traced: bool = True):
+    """Fail where the block runs for 10 seconds, or allocates more than twice ``n_bytes`` besides what JSON takes.
+
+    Allocations are looked at where ``traced``, which makes it several times slower.
+    """
+
+    def too_long(number, frame):
+        raise TimeoutError("reading hangs")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    if traced:
+        tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert peak <= 2 * n_bytes + JSON_BYTES, f"{peak} bytes were allocated to check {n_bytes}"
+
+
+def run(golden: Path, draft, seeds: range, traced_every: int) -> int:
     """Return how many mutated files were refused or found damaged; raise what is no SalrError, with its seed."""
     data, refused = golden.read_bytes(), 0
     with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):
@@ -138,7 +180,9 @@ def run(golden: Path, draft, seeds: range) -> int:
         for seed in seeds:
             path.write_bytes(mutated(data, draft, random.Random(seed), Path(folder) / "draft.salr"))
             try:
-                refused += not read_everything(path)
+                with limited(path.stat().st_size, traced=seed % traced_every == 0):
+                    sound = check_everything(path) is not None
+                refused += not (decode_everything(path) and sound)
             except Exception as error:
                 error.add_note(f"the mutated file of seed {seed}") if hasattr(error, "add_note") else None
                 raise
@@ -146,14 +190,40 @@ def run(golden: Path, draft, seeds: range) -> int:
 
 
 def test_the_unchanged_file_is_sound(golden):
-    assert read_everything(golden)
+    assert check_everything(golden) is not None and decode_everything(golden)
     assert Container(golden).n_bytes > 10_000
 
 
-def test_300_mutated_files_raise_nothing_but_salr_errors(golden, draft):
-    assert run(golden, draft, range(300)) > 150
+def test_2000_mutated_files_raise_nothing_but_salr_errors(golden, draft):
+    assert run(golden, draft, range(2000), 10) > 1000
+
+
+def test_checking_a_large_file_allocates_less_than_twice_its_size(golden, draft, tmp_path):
+    module = "layers.0.mlp.gate"
+    draft.module(module).update(shape=[1000, 4000], source_shape=[4000, 1000], nnz=4_000_000)
+    draft.module(module)["adapters"] = []
+    entry = parse_module(draft.module(module), module, "")
+    for name in [name for name in draft.tensors if name.startswith(f"{module}.lora")]:
+        draft.drop(name)
+    (spec,) = module_specs(module, entry)
+    draft.put(spec.name, np.zeros(spec.n_bytes, np.uint8), dtype=spec.dtype, shape=spec.shape)
+    path = draft.write(tmp_path / "large.salr")
+    tracemalloc.start()
+    assert check_everything(path) is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * path.stat().st_size
+
+
+@pytest.mark.parametrize("claimed", [2**24, 2**40, 2**62, 2**63 - 1, 10**30])
+def test_a_header_that_claims_more_than_there_is_allocates_nothing(golden, tmp_path, claimed):
+    data = golden.read_bytes()
+    path = tmp_path / "absurd.salr"
+    path.write_bytes(min(claimed, 2**64 - 1).to_bytes(8, "little") + data[8:])
+    with limited(len(data)), pytest.raises(SalrError, match="not a readable safetensors file"):
+        SalrFile(path)
 
 
 @pytest.mark.fuzz
 def test_20000_mutated_files_raise_nothing_but_salr_errors(golden, draft):
-    assert run(golden, draft, range(1000, 21_000)) > 10_000
+    assert run(golden, draft, range(2000, 22_000), 2) > 10_000

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from salr.formats.errors import OutputError
 from salr.formats.output_directory import output_directory
-from salr.formats.output_file import OutputFile, check_output
+from salr.formats.output_file import OutputFile
+from salr.formats.partial_output import check_output
 
 ROOT = Path(__file__).parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -52,7 +53,9 @@ def test_a_leftover_partial_folder_is_refused_and_fresh_discards_it(tmp_path):
     partial = tmp_path / "f.partial"
     partial.mkdir()
     (partial / "data").write_bytes(b"half")
-    with pytest.raises(OutputError, match=r"f.partial: another conversion is writing this output.*--fresh"):
+    with pytest.raises(
+        OutputError, match=r"f.partial: an interrupted run left this; run its command again to go on, or give --fresh"
+    ):
         OutputFile(tmp_path / "f", 1)
     assert (partial / "data").read_bytes() == b"half"
     with OutputFile(tmp_path / "f", 1, fresh=True) as output:
@@ -63,8 +66,28 @@ def test_a_leftover_partial_folder_is_refused_and_fresh_discards_it(tmp_path):
 
 def test_two_writers_of_one_output_refuse_each_other(tmp_path):
     with OutputFile(tmp_path / "f", 1) as output:
-        with pytest.raises(OutputError, match="another conversion is writing this output"):
+        with pytest.raises(OutputError, match=r"f\.partial: another run is writing this output; wait for it"):
             OutputFile(tmp_path / "f", 1)
+        output.write(0, b"x")
+        output.commit()
+    assert (tmp_path / "f").read_bytes() == b"x"
+
+
+def test_the_lock_dies_with_its_process(tmp_path):
+    code = f"""
+import os, signal
+from salr.formats.output_file import OutputFile
+output = OutputFile({str(tmp_path / "f")!r}, 1)
+print("locked", flush=True)
+signal.pause()
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "locked\n"
+    with pytest.raises(OutputError, match="another run is writing this output"):
+        OutputFile(tmp_path / "f", 1, fresh=True)
+    child.kill()
+    child.wait()
+    with OutputFile(tmp_path / "f", 1, fresh=True) as output:
         output.write(0, b"x")
         output.commit()
     assert (tmp_path / "f").read_bytes() == b"x"

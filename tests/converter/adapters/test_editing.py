@@ -186,6 +186,7 @@ def test_an_edit_that_another_one_overtook_is_refused_and_loses_nothing(refuses,
 def test_what_a_killed_edit_left_is_named_and_fresh_discards_it(refuses, mine):
     partial = mine.with_name("mine.salr.partial")
     partial.mkdir()
+    (partial / "data").write_bytes(b"half")
     refuses(mine, OutputError, "--fresh", remove_adapter, "a")
     remove_adapter(mine, "a", Destination(fresh=True))
     assert not partial.exists() and [a.name for a in list_adapters(mine)] == ["residual"]
