@@ -41,8 +41,8 @@ def layer_weight(kind: str) -> torch.Tensor:
 
 def time_layer(kind: str, with_svd: bool) -> dict[str, float | str | None]:
     """Time mask + residual on one thread, and torch's full SVD of the same residual on all."""
-    from salr.converter.lowrank import truncated_svd
-    from salr.converter.prune import Groups, keep_in_groups
+    from salr.converter.methods.lowrank import truncated_svd
+    from salr.converter.methods.prune import Groups, keep_in_groups
 
     weight = layer_weight(kind)
     n_threads = torch.get_num_threads()

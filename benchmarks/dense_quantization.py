@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.devices import resolve_device
-from salr.converter.execution import one_thread_each
+from salr.converter.calibration.sequential import open_block_run
+from salr.converter.execution.devices import resolve_device
+from salr.converter.execution.jobs import one_thread_each
 from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
-from salr.converter.sequential import open_block_run
 from salr.formats.values import NF4_CODE_BOOK
 
 _DAMPING = 0.01

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from salr.converter.options import ConvertOptions
-from salr.converter.sources import Checkpoint
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.converter.verification import compare_with_source
 from salr.formats import naming
 

@@ -18,8 +18,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from salr.converter import packing, pipeline, sequential, sources
+from salr.converter import pipeline
+from salr.converter.calibration import sequential
+from salr.converter.execution import packing
 from salr.converter.options import CalibrationOptions
+from salr.converter.sources import checkpoint as sources
 from salr.formats import output_file
 
 PHASES = {

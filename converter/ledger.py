@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..formats.manifest import LedgerLine
-from .sources import Checkpoint
+from .sources.checkpoint import Checkpoint
 
 
 def ledger_lines(checkpoint: Checkpoint, fates: Mapping[str, tuple[str, str]]) -> list[LedgerLine]:

@@ -21,21 +21,22 @@ from ..formats.partial_output import PartialOutput, check_output
 from ..formats.reader import SalrFile
 from ..formats.resuming import PLAN_NAME, ResumingWriter
 from ..formats.sharding import ShardContent, complete_set, shard_manifests, shard_name
+from ..formats.version import VERSION
 from .adapters.records import input_file
 from .adapters.source import Adapter
-from .budget import with_budget
-from .decisions import Decisions, decided_once
-from .devices import environment, resolve_devices, worker_count
-from .division import contents_by_size, contents_in_parts
-from .execution import Job, Outcome, Progress, beside, one_thread_each
-from .fingerprint import InputFiles, fingerprint, lost
-from .opening import open_source
+from .calibration.budget import with_budget
+from .execution.decisions import Decisions, decided_once
+from .execution.devices import environment, resolve_devices, worker_count
+from .execution.division import contents_by_size, contents_in_parts
+from .execution.fingerprint import InputFiles, fingerprint, lost
+from .execution.jobs import Job, Outcome, Progress, beside, one_thread_each
+from .execution.packers import Executor, LocalExecutor, Team
+from .execution.spool import HiddenSpool
 from .options import ConvertOptions
-from .packers import Executor, LocalExecutor, Team
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report
-from .sources import Asset, Checkpoint, sha256
-from .spool import HiddenSpool
+from .sources.checkpoint import Asset, Checkpoint, sha256
+from .sources.opening import open_source
 
 
 def convert(
@@ -246,10 +247,8 @@ def _input_files(checkpoint: Checkpoint, adapters: tuple[Adapter, ...] | list[Ad
 
 
 def _manifest(plan: Plan, outcome: Outcome, device: torch.device, files: list[dict[str, str]]) -> Manifest:
-    from .. import __version__
-
     return Manifest(
-        generator=f"salr {__version__}",
+        generator=f"salr {VERSION}",
         modules=outcome.entries,
         checksums={},
         ledger=plan.ledger,

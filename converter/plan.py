@@ -18,13 +18,13 @@ from ..formats.errors import OptionError, SourceError
 from ..formats.manifest import MANIFEST_NAME, RESIDUAL, AdapterEntry, LedgerLine, ModuleEntry
 from .adapters.records import unpruned_reason
 from .adapters.source import Adapter
-from .architecture import Architecture
 from .ledger import ledger_lines
+from .methods.prune import global_kept_counts
 from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
 from .options import ConvertOptions
-from .prune import global_kept_counts
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
-from .sources import Asset, Checkpoint, SourceTensor
+from .sources.architecture import Architecture
+from .sources.checkpoint import Asset, Checkpoint, SourceTensor
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
 #: of float values as they are in the source

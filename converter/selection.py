@@ -12,10 +12,10 @@ from ..formats.errors import AdapterError, OptionError, SourceError
 from ..formats.manifest import AdapterEntry
 from .adapters.records import TRAINED_ORIGIN
 from .adapters.source import Adapter, LoraPair
-from .architecture import Architecture, Role
 from .module_options import matches
 from .options import ConvertOptions
-from .sources import FLOAT_TORCH_DTYPES, Checkpoint, SourceTensor
+from .sources.architecture import Architecture, Role
+from .sources.checkpoint import FLOAT_TORCH_DTYPES, Checkpoint, SourceTensor
 
 
 @dataclass(frozen=True)

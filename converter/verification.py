@@ -20,14 +20,14 @@ from ..formats.manifest import MANIFEST_NAME, NO_ERROR, RESIDUAL, ModuleEntry
 from ..formats.module import ModuleTensors
 from ..formats.reader import SalrFile
 from .adapters import records
+from .execution.packing import error_bound, groups_of, packed_codes, squared_norm, to_numpy, used_method, values_from
+from .methods.prune import Groups, keep_in_groups
+from .methods.quantization import Quantizer
+from .methods.weighted import minus_product
 from .options import ConvertOptions
-from .packing import error_bound, groups_of, packed_codes, squared_norm, to_numpy, used_method, values_from
 from .pipeline import plan_conversion
 from .plan import Plan, PlannedModule
-from .prune import Groups, keep_in_groups
-from .quantization import Quantizer
-from .sources import TORCH_ENCODINGS
-from .weighted import minus_product
+from .sources.checkpoint import TORCH_ENCODINGS
 
 _RELATIVE = 1e-3
 _SMALLEST_SHARE = 1e-9

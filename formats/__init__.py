@@ -1,4 +1,6 @@
 """The .salr file: codecs, layout, reader, writer and validation. Needs numpy, safetensors and xxhash only."""
 
-# Fails at once where this folder is imported under the wrong name (`import formats`), as a second copy of itself.
-from .. import __version__ as __version__
+if "." not in __name__:
+    raise ImportError(
+        f"this folder is a part of salr, and would be a second copy of it as {__name__!r}: import salr.formats"
+    )

@@ -11,10 +11,10 @@ if not (_package_dir / "converter").is_dir():
     # In a checkout converter/, formats/ and cuda/ sit beside salr/; a wheel holds them inside it.
     __path__.append(str(_package_dir.parent))
 
-__version__ = "0.1.0"
+from .formats.version import VERSION  # noqa: E402 - below the line that finds sibling folders
+from .integrations.hooks import install as _install_hooks  # noqa: E402
 
-from .integrations.hooks import install as _install_hooks  # noqa: E402 - below the line that finds sibling folders
-
+__version__ = VERSION
 _install_hooks()
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from .converter.adapters.editing import scale_adapter as scale_adapter
     from .converter.adapters.merging import merge_adapters as merge_adapters
     from .converter.adapters.summary import list_adapters as list_adapters
+    from .converter.export.peft import export_peft as export_peft
+    from .converter.export.unpack import unpack as unpack
     from .converter.module_options import ModuleOptions as ModuleOptions
     from .converter.options import CalibrationOptions as CalibrationOptions
     from .converter.options import ConvertOptions as ConvertOptions
-    from .converter.peft_export import export_peft as export_peft
     from .converter.pipeline import convert as convert
     from .converter.report import ConvertReport as ConvertReport
-    from .converter.unpack import unpack as unpack
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.protocol import EvalOptions as EvalOptions
     from .evaluation.results import EvalResult as EvalResult
@@ -58,7 +58,7 @@ _PUBLIC = {
     "convert": ".converter.pipeline",
     "join": ".formats.joining",
     "evaluate": ".evaluation.evaluate",
-    "export_peft": ".converter.peft_export",
+    "export_peft": ".converter.export.peft",
     "list_adapters": ".converter.adapters.summary",
     "merge_adapters": ".converter.adapters.merging",
     "remove_adapter": ".converter.adapters.editing",
@@ -66,7 +66,7 @@ _PUBLIC = {
     "load": ".runtime.loading",
     "load_tokenizer": ".runtime.loading",
     "set_adapters": ".runtime.adapters",
-    "unpack": ".converter.unpack",
+    "unpack": ".converter.export.unpack",
 }
 __all__ = [
     "CalibrationOptions",

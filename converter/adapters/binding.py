@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ...formats.errors import AdapterError
-from ..architecture import Architecture
-from ..derived import Changes, Computed, DerivedCheckpoint
-from ..sources import FLOAT_TORCH_DTYPES, Checkpoint, SourceTensor
+from ..sources.architecture import Architecture
+from ..sources.checkpoint import FLOAT_TORCH_DTYPES, Checkpoint, SourceTensor
+from ..sources.derived import Changes, Computed, DerivedCheckpoint
 from .changes import TensorChange, Update
 from .experts import SingleExperts, expert_pairs
 from .initial import difference, initial_factors

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from ..sources import PIECE_BYTES, SourceTensor
+from ..sources.checkpoint import PIECE_BYTES, SourceTensor
 
 _Rows = Callable[[int, int], torch.Tensor]
 

@@ -22,9 +22,9 @@ from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, check_digest, rewriting
-from ..opening import locate
-from ..packing import squared_norm
-from ..sources import sha256
+from ..execution.packing import squared_norm
+from ..sources.checkpoint import sha256
+from ..sources.opening import locate
 from . import records
 from .matching import match_modules
 from .source import Adapter

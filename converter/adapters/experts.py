@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ...formats.errors import AdapterError
-from ..architecture import Architecture, Role
-from ..sources import Checkpoint, SourceTensor
+from ..sources.architecture import Architecture, Role
+from ..sources.checkpoint import Checkpoint, SourceTensor
 from .keys import Factors, unwrapped
 from .source import Adapter, Factor, LoraPair
 

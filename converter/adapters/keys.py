@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...formats.errors import AdapterError
-from ..sources import FLOAT_TORCH_DTYPES, SourceTensor
+from ..sources.checkpoint import FLOAT_TORCH_DTYPES, SourceTensor
 from .settings import LoraSettings
 
 _NAME = r"(?:\.default)?"

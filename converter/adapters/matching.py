@@ -14,9 +14,9 @@ from typing import Any
 from ...formats.errors import AdapterError
 from ...formats.manifest import ModuleEntry
 from ...formats.reader import SalrFile
-from ..architecture import Architecture, spellings
 from ..selection import TrainedPair
-from ..sources import architecture_of
+from ..sources.architecture import Architecture, spellings
+from ..sources.checkpoint import architecture_of
 from .source import Adapter
 
 

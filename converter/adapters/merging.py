@@ -24,8 +24,8 @@ from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is_adapter_name
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, rewriting
-from ..execution import one_thread_each
-from ..lowrank import fix_signs
+from ..execution.jobs import one_thread_each
+from ..methods.lowrank import fix_signs
 from . import records
 from .editing import Progress, check_is_separate, check_new_name
 from .summary import AdapterSummary, summarize

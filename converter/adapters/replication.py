@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...formats.errors import AdapterError
-from ..architecture import Architecture
-from ..derived import Changes, DerivedCheckpoint
-from ..sources import Checkpoint
+from ..sources.architecture import Architecture
+from ..sources.checkpoint import Checkpoint
+from ..sources.derived import Changes, DerivedCheckpoint
 from .source import Adapter
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -15,7 +15,7 @@ import torch
 from ...formats.dtypes import byte_view
 from ...formats.errors import AdapterError
 from ...formats.manifest import RESIDUAL, LedgerLine, is_adapter_name
-from ..sources import SourceTensor, open_weights, read_json, tensor_from_bytes
+from ..sources.checkpoint import SourceTensor, open_weights, read_json, tensor_from_bytes
 from .keys import Factors, Parts, sort_keys
 from .records import input_file, packed_reason
 from .refusals import check_config

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from ..subspace import start_basis, subspace_step
-from ..weighted import ScaledGram, refine_factors, scaled_gram
 from .problem import Problem, Solution
+from .subspace import start_basis, subspace_step
+from .weighted import ScaledGram, refine_factors, scaled_gram
 
 MOMENTUM = 0.8
 _QUANTIZED_ROUNDS = 4

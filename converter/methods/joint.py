@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from ..quantization import compensated, descended, rescaled
-from ..subspace import start_basis, subspace_step
-from ..weighted import ScaledGram, refine_factors, refit_values, scaled_gram
 from .alternating import MOMENTUM
 from .problem import Problem, Solution
+from .quantization import compensated, descended, rescaled
+from .subspace import start_basis, subspace_step
 from .wanda import required_gram
+from .weighted import ScaledGram, refine_factors, refit_values, scaled_gram
 
 _WARM_SHARE = 1 / 3
 _STAGES = 20

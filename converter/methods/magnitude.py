@@ -6,7 +6,7 @@ quantized values W_hat is what their codes give, so that the adapter corrects th
 
 from __future__ import annotations
 
-from ..lowrank import truncated_svd
+from .lowrank import truncated_svd
 from .problem import Problem, Solution
 
 

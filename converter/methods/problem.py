@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..prune import Groups, keep_in_groups, keep_roughly
-from ..quantization import Quantized, Quantizer, nearest
-from ..weighted import minus_product
+from .prune import Groups, keep_in_groups, keep_roughly
+from .quantization import Quantized, Quantizer, nearest
+from .weighted import minus_product
 
 
 class Factors(NamedTuple):

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from ..quantization import compensated
-from ..weighted import damped_gram, scaled_gram, weighted_svd
 from .problem import Problem, Solution
+from .quantization import compensated
 from .wanda import required_gram
+from .weighted import damped_gram, scaled_gram, weighted_svd
 
 _COLUMNS = 128
 

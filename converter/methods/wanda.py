@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..weighted import scaled_gram, weighted_svd
 from .problem import Problem, Solution
+from .weighted import scaled_gram, weighted_svd
 
 
 def wanda(problem: Problem) -> Solution:

@@ -18,8 +18,8 @@ from . import console
 from .inspect import show_modules, summary_lines
 
 if TYPE_CHECKING:
+    from ..converter.execution.packers import Executor
     from ..converter.options import CalibrationOptions, ConvertOptions
-    from ..converter.packers import Executor
     from ..converter.plan import Plan
     from ..converter.report import ConvertReport
 
@@ -237,8 +237,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
 def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> None:
     """Print what was found and what will be done."""
-    from ..converter.devices import resolve_devices, worker_count
-    from ..converter.preflight import needs_of
+    from ..converter.execution.devices import resolve_devices, worker_count
+    from ..converter.execution.preflight import needs_of
 
     checkpoint = plan.checkpoint
     n_parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())

@@ -11,7 +11,7 @@ from . import console
 from .eval import result_cells
 
 if TYPE_CHECKING:
-    from ..converter.model_card import CardEvaluation
+    from ..converter.export.model_card import CardEvaluation
 
 app = typer.Typer(no_args_is_help=True, help="Write a .salr file in the form that other tools run.")
 
@@ -33,7 +33,7 @@ def peft(
     quiet: console.Quiet = False,
 ) -> None:
     """Write the pruned base, its residual and each trained adapter as directories that PEFT loads."""
-    from ..converter.peft_export import export_peft
+    from ..converter.export.peft import export_peft
 
     with console.progress_bar("export", quiet=quiet) as progress:
         export = export_peft(path, out, dtype=dtype, with_residual=with_residual, progress=progress)
@@ -56,7 +56,7 @@ def hf(
     quiet: console.Quiet = False,
 ) -> None:
     """Write a directory that transformers loads, packed, after `import salr`, with a model card."""
-    from ..converter.export_hf import export_hf
+    from ..converter.export.hf import export_hf
 
     export_hf(path, out, None if evaluation is None else _recorded(evaluation))
     console.say(f"wrote {out}", quiet=quiet)
@@ -69,7 +69,7 @@ def hf(
 
 def _recorded(path: Path) -> CardEvaluation:
     """Return a recorded evaluation as the table of a model card."""
-    from ..converter.model_card import CardEvaluation
+    from ..converter.export.model_card import CardEvaluation
     from ..evaluation.results import read_results
 
     found = read_results(path)

@@ -19,7 +19,7 @@ def unpack(
     quiet: console.Quiet = False,
 ) -> None:
     """Write FILE as a dense model directory that transformers loads."""
-    from ..converter.unpack import unpack as run
+    from ..converter.export.unpack import unpack as run
 
     with console.progress_bar("unpack", quiet=quiet) as progress:
         run(path, out, residual=residual, merge=merge, dtype=dtype, progress=progress)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..converter.report import size_report
-from ..converter.sources import Checkpoint
+from ..converter.sources.checkpoint import Checkpoint
 from ..formats.dtypes import tensor_bytes
 from ..formats.reader import SalrFile
 from ..formats.sharding import INDEX_NAME

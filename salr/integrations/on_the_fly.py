@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from ..converter.architecture import EXPERT_COUNTS, Role, roles_of_model
+from ..converter.execution.packing import pack_module
 from ..converter.module_options import matches
 from ..converter.options import ConvertOptions
-from ..converter.packing import pack_module
 from ..converter.plan import PlannedModule, plan_module
 from ..converter.selection import Choice, module_name
-from ..converter.sources import TORCH_DTYPES, Checkpoint, SourceTensor
+from ..converter.sources.architecture import EXPERT_COUNTS, Role, roles_of_model
+from ..converter.sources.checkpoint import TORCH_DTYPES, Checkpoint, SourceTensor
 from ..formats.container import TensorSpec
 from ..formats.dtypes import Array
 from ..formats.errors import OptionError

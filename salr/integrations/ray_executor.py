@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..converter.decisions import Decisions
-from ..converter.devices import environment, resolve_devices
-from ..converter.opening import open_source
+from ..converter.execution.decisions import Decisions
+from ..converter.execution.devices import environment, resolve_devices
+from ..converter.execution.packers import DevicePacker, LayerInputs, Packer
+from ..converter.execution.packing import PackedMatrix
 from ..converter.options import ConvertOptions
-from ..converter.packers import DevicePacker, LayerInputs, Packer
-from ..converter.packing import PackedMatrix
 from ..converter.plan import Plan, PlannedModule, make_plan
+from ..converter.sources.opening import open_source
 from ..formats.errors import OptionError
 
 

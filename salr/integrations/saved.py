@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from ..converter.export_hf import GUARD
+from ..converter.export.hf import GUARD
 from ..formats import validation
 from ..formats.container import Container
 from ..formats.errors import FormatError
 from ..formats.manifest import MANIFEST_NAME, Manifest, ModuleEntry, parse_manifest
 from ..formats.reader import SalrFile
+from ..formats.version import VERSION
 from ..runtime.experts import packed_modules
 from ..runtime.layout import stored_name
 from ..runtime.skeleton import Skeleton
@@ -133,10 +134,8 @@ def _renamed(entry: ModuleEntry, name: str) -> ModuleEntry:
 
 
 def _updated(manifest: Manifest | None, modules: dict[str, ModuleEntry], checksums: dict[str, str]) -> Manifest:
-    from .. import __version__
-
     if manifest is None:
-        return Manifest(f"salr {__version__}", modules, checksums)
+        return Manifest(f"salr {VERSION}", modules, checksums)
     return replace(manifest, modules=modules, checksums=checksums)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .. import __version__
+from ..formats.version import VERSION as SOFTWARE_VERSION
 from .body import function_body
 from .contract import DOMAIN, IR_VERSION, VERSION, Form
 from .signature import MODEL
@@ -31,7 +31,7 @@ def finish(model: Any, sources: Mapping[str, Source], storage: Storage, opset: i
     _add_bodies(model, opset)
     _free_adapters(model.graph)
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "salr", __version__
+    model.producer_name, model.producer_version = "salr", SOFTWARE_VERSION
 
 
 def overridable_adapters(graph: Any) -> dict[str, tuple[int, ...]]:

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from salr.converter.architecture import Architecture
-from salr.converter.blocks import BlockModel
-from salr.converter.sources import Checkpoint
+from salr.converter.calibration.blocks import BlockModel
+from salr.converter.sources.architecture import Architecture
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.formats.errors import CalibrationError
 
 CPU = torch.device("cpu")

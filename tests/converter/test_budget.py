@@ -7,8 +7,8 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from salr.converter.budget import allocate
-from salr.converter.candidates import Candidate
+from salr.converter.calibration.budget import allocate
+from salr.converter.calibration.candidates import Candidate
 from salr.converter.pipeline import plan_conversion
 from salr.converter.report import size_report
 from salr.converter.verification import compare_with_source

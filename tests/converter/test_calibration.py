@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from salr.converter.calibration import calibration_tokens
-from salr.converter.sources import Checkpoint
+from salr.converter.calibration.data import calibration_tokens
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.formats.errors import CalibrationError, OptionError
 
 import salr

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from salr.converter.lowrank import truncated_svd
+from salr.converter.methods.lowrank import truncated_svd
 
 import salr
 

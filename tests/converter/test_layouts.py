@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.opening import open_checkpoint
+from salr.converter.sources.opening import open_checkpoint
 from salr.converter.verification import compare_with_source
 from salr.formats.errors import SourceError
 

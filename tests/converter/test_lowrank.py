@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from salr.converter.lowrank import fix_signs, truncated_svd
+from salr.converter.methods.lowrank import fix_signs, truncated_svd
 from salr.converter.pipeline import one_thread_each
 
 

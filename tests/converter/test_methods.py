@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from salr.converter.lowrank import truncated_svd
 from salr.converter.methods import Problem, Solution, solve
-from salr.converter.prune import Groups
-from salr.converter.weighted import output_energy
+from salr.converter.methods.lowrank import truncated_svd
+from salr.converter.methods.prune import Groups
+from salr.converter.methods.weighted import output_energy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["magnitude", "alternating", "wanda", "sparsegpt", "joint"]

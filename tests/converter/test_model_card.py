@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import metadata_load
-from salr.converter.export_hf import export_hf
-from salr.converter.model_card import CardEvaluation, model_card
+from salr.converter.export.hf import export_hf
+from salr.converter.export.model_card import CardEvaluation, model_card
 from salr.converter.report import error_report, size_report
 
 import salr

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from salr.converter import packing
-from salr.converter.sources import Checkpoint
+from salr.converter.execution import packing
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.formats.writer import TensorStream
 
 import salr

@@ -6,10 +6,10 @@ import dataclasses
 import shutil
 
 import pytest
-from salr.converter.devices import check_one_kind
-from salr.converter.division import contents_in_parts
+from salr.converter.execution.devices import check_one_kind
+from salr.converter.execution.division import contents_in_parts
+from salr.converter.execution.packers import LocalExecutor
 from salr.converter.options import CalibrationOptions
-from salr.converter.packers import LocalExecutor
 from salr.converter.pipeline import plan_conversion
 from salr.formats.errors import FormatError, OptionError
 from salr.formats.joining import join
@@ -105,7 +105,7 @@ def test_parts_of_different_inputs_are_refused(llama, tmp_path):
 @pytest.mark.parametrize("kind", ["magnitude", "random tokens"])
 def test_two_devices_share_the_work_and_give_the_same_bytes(llama, tmp_path, monkeypatch, kind):
     import torch
-    from salr.converter import packers
+    from salr.converter.execution import packers
 
     seen = set()
     original = packers.packed_matrices

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from salr.converter.adapters.editing import add_adapter, remove_adapter, scale_adapter
 from salr.converter.adapters.merging import merge_adapters
-from salr.converter.peft_config import PeftModule, adapter_config, lora_alpha
-from salr.converter.peft_export import export_peft
+from salr.converter.export.peft import export_peft
+from salr.converter.export.peft_config import PeftModule, adapter_config, lora_alpha
 from salr.formats.errors import AdapterError, FormatError, OptionError, OutputError, SalrError
 from salr.formats.reader import SalrFile
 from salr.formats.values import encode_quantized, pad_values

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from salr.converter.methods.prune import global_kept_counts, keep_largest
 from salr.converter.module_options import ModuleOptions
-from salr.converter.prune import global_kept_counts, keep_largest
 
 grids = st.tuples(st.integers(1, 8), st.integers(1, 40), st.integers(0, 10**6)).map(
     lambda case: torch.from_numpy(

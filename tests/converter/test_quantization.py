@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from salr.converter.packing import packed_codes
-from salr.converter.quantization import Quantized, Quantizer, compensated, descended, nearest, rescaled
-from salr.converter.weighted import damped_gram
+from salr.converter.execution.packing import packed_codes
+from salr.converter.methods.quantization import Quantized, Quantizer, compensated, descended, nearest, rescaled
+from salr.converter.methods.weighted import damped_gram
 from salr.formats.bitmap import pack_bitmap, row_offsets
 from salr.formats.manifest import ModuleEntry
 from salr.formats.module import ModuleTensors

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from salr.converter.quantization import Quantized, Quantizer, compensated, descended, nearest, rescaled
-from salr.converter.weighted import damped_gram, output_energy
+from salr.converter.methods.quantization import Quantized, Quantizer, compensated, descended, nearest, rescaled
+from salr.converter.methods.weighted import damped_gram, output_energy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENCODINGS = ["int8", "nf4"]

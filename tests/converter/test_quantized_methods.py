@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from salr.converter.execution.packing import stored_weight
 from salr.converter.methods import Problem, Solution, solve
-from salr.converter.packing import stored_weight
-from salr.converter.prune import Groups
-from salr.converter.quantization import Quantized, Quantizer
-from salr.converter.weighted import output_energy
+from salr.converter.methods.prune import Groups
+from salr.converter.methods.quantization import Quantized, Quantizer
+from salr.converter.methods.weighted import output_energy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["magnitude", "alternating", "wanda", "sparsegpt", "joint"]

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from salr.converter.execution import Job
+from salr.converter.execution.jobs import Job
+from salr.converter.execution.packers import DevicePacker
+from salr.converter.execution.spool import HiddenSpool
 from salr.converter.options import CalibrationOptions
-from salr.converter.packers import DevicePacker
-from salr.converter.spool import HiddenSpool
 from salr.formats.errors import InputLostError, OutputError, SalrError, SourceError
 from salr.formats.output_file import DataFile
 
@@ -207,7 +207,7 @@ def test_an_input_that_is_lost_midway_is_named_and_the_run_goes_on_when_it_is_ba
     source, out = shutil.copytree(llama, tmp_path / "source"), tmp_path / "m.salr"
     weights, aside = source / "model.safetensors", tmp_path / "aside"
     with monkeypatch.context() as patch:
-        patch.setattr("salr.converter.fingerprint._INTERVAL_S", 0.0)
+        patch.setattr("salr.converter.execution.fingerprint._INTERVAL_S", 0.0)
         original = Job._record
 
         def record(self, module, *arguments):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.calibration import calibration_tokens
-from salr.converter.execution import one_thread_each
+from salr.converter.calibration.data import calibration_tokens
+from salr.converter.calibration.sequential import open_block_run
+from salr.converter.execution.jobs import one_thread_each
 from salr.converter.pipeline import plan_conversion
-from salr.converter.sequential import open_block_run
 from salr.converter.verification import compare_with_source
 from salr.formats.dtypes import from_float32, to_float32
 from salr.formats.errors import CalibrationError

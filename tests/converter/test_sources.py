@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.sources import Checkpoint, sha256
+from salr.converter.sources.checkpoint import Checkpoint, sha256
 from salr.formats.errors import SourceError
 
 import salr

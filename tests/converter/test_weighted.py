@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from salr.converter.subspace import orthonormalise, start_basis, subspace_step
-from salr.converter.weighted import (
+from salr.converter.methods.subspace import orthonormalise, start_basis, subspace_step
+from salr.converter.methods.weighted import (
     DAMPING,
     ScaledGram,
     balance,

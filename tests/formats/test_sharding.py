@@ -157,7 +157,7 @@ def test_a_directory_without_an_index_says_what_to_do(copy):
 
 
 def test_what_needs_one_file_says_so(shards, tmp_path):
-    from salr.converter.export_hf import export_hf
+    from salr.converter.export.hf import export_hf
 
     for use in (lambda: export_hf(shards, tmp_path / "hf"), lambda: salr.remove_adapter(shards, "a")):
         with pytest.raises(SalrError, match=r"needs one file; make it with `salr join|no adapter"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from salr.converter.export_hf import WEIGHTS, export_hf
+from salr.converter.export.hf import WEIGHTS, export_hf
 from salr.formats.errors import ChecksumError, FormatError
 from transformers import AutoModelForCausalLM
 

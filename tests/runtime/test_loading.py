@@ -111,7 +111,7 @@ def test_layers_may_be_offloaded_to_disk(packed, tmp_path):
     pytest.importorskip("accelerate", reason="device_map needs accelerate")
     placed = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
               "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
-    from salr.converter.export_hf import export_hf
+    from salr.converter.export.hf import export_hf
     from transformers import AutoModelForCausalLM
 
     folder = export_hf(packed, tmp_path / "hf")

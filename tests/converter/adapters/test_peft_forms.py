@@ -16,7 +16,7 @@ from salr.converter.adapters.binding import bind
 from salr.converter.adapters.editing import add_adapter, remove_adapter, scale_adapter
 from salr.converter.adapters.merging import merge_adapters
 from salr.converter.adapters.source import Adapter
-from salr.converter.sources import Checkpoint
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.converter.verification import compare_with_source
 from salr.formats.errors import AdapterError
 

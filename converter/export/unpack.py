@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..formats.container import TensorSpec, plan_layout
-from ..formats.dtypes import FLOAT_ENCODINGS, byte_view, from_float32, to_float32
-from ..formats.errors import FormatError, OptionError, OutputError
-from ..formats.output_directory import output_directory
-from ..formats.output_file import OutputFile
-from ..formats.reader import SalrFile
+from ...formats.container import TensorSpec, plan_layout
+from ...formats.dtypes import FLOAT_ENCODINGS, byte_view, from_float32, to_float32
+from ...formats.errors import FormatError, OptionError, OutputError
+from ...formats.output_directory import output_directory
+from ...formats.output_file import OutputFile
+from ...formats.reader import SalrFile
 
 METADATA = {"format": "pt"}
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

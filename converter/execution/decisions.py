@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..formats.errors import OptionError, OutputError
-from ..formats.manifest import canonical_json
+from ...formats.errors import OptionError, OutputError
+from ...formats.manifest import canonical_json
 
 Overrides = tuple[tuple[str, Mapping[str, Any]], ...]
 

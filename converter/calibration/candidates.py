@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 
-from ..formats.bitmap import bitmap_width
-from ..formats.dtypes import DTYPE_BITS, FLOAT_ENCODINGS
-from ..formats.errors import CalibrationError
-from ..formats.values import QUANTIZED_BITS
-from .methods import Problem, solve
-from .module_options import SOURCE, ModuleOptions
-from .options import ConvertOptions
-from .packing import source_matrices, used_method
-from .plan import Plan, PlannedModule, n_removed
-from .prune import Groups, keep_in_groups
-from .quantization import Quantizer, compensated, nearest
+from ...formats.bitmap import bitmap_width
+from ...formats.dtypes import DTYPE_BITS, FLOAT_ENCODINGS
+from ...formats.errors import CalibrationError
+from ...formats.values import QUANTIZED_BITS
+from ..execution.packing import source_matrices, used_method
+from ..methods import Problem, solve
+from ..methods.prune import Groups, keep_in_groups
+from ..methods.quantization import Quantizer, compensated, nearest
+from ..methods.subspace import start_basis
+from ..methods.weighted import ScaledGram, output_energy, refit_values, scaled_gram
+from ..module_options import SOURCE, ModuleOptions
+from ..options import ConvertOptions
+from ..plan import Plan, PlannedModule, n_removed
 from .sequential import MeasuredModule, open_block_run
-from .subspace import start_basis
-from .weighted import ScaledGram, output_energy, refit_values, scaled_gram
 
 SPARSITIES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANKS = (0, 4, 8, 16, 32, 64, 96, 128)

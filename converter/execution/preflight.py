@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .plan import Plan
+from ..plan import Plan
 
 _BASE_BYTES = 500_000_000
 _COPIES = 7

@@ -17,18 +17,18 @@ from typing import TypeVar
 
 import torch
 
-from ..formats.errors import CalibrationError
-from .architecture import Architecture
+from ...formats.errors import CalibrationError
+from ..execution.packers import LayerInputs, Team, oriented
+from ..execution.packing import PackedModule, assembled
+from ..execution.spool import Hidden, Streams
+from ..methods.prune import Groups, keep_in_groups
+from ..methods.weighted import output_energy
+from ..options import ConvertOptions, Method
+from ..plan import Plan, PlannedModule
+from ..sources.architecture import Architecture
+from ..sources.checkpoint import tensor_from_bytes
 from .blocks import Block, BlockModel
-from .calibration import calibration_tokens
-from .options import ConvertOptions, Method
-from .packers import LayerInputs, Team, oriented
-from .packing import PackedModule, assembled
-from .plan import Plan, PlannedModule
-from .prune import Groups, keep_in_groups
-from .sources import tensor_from_bytes
-from .spool import Hidden, Streams
-from .weighted import output_energy
+from .data import calibration_tokens
 
 _WINDOW = 8
 #: windows on which sensitivities are measured

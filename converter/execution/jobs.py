@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ..formats import naming
-from ..formats.dtypes import byte_view
-from ..formats.errors import CalibrationError
-from ..formats.manifest import ModuleEntry, parse_module
-from ..formats.resuming import ResumingWriter
-from .options import NO_DATA, CalibrationOptions, ConvertOptions
+from ...formats import naming
+from ...formats.dtypes import byte_view
+from ...formats.errors import CalibrationError
+from ...formats.manifest import ModuleEntry, parse_module
+from ...formats.resuming import ResumingWriter
+from ..calibration.sequential import BlockRun, open_block_run
+from ..options import NO_DATA, CalibrationOptions, ConvertOptions
+from ..plan import Plan, PlannedModule, is_solved
 from .packers import Team
 from .packing import ModulePieces, PackedMatrix, PackedModule, trained_tensors, used_method
-from .plan import Plan, PlannedModule, is_solved
-from .sequential import BlockRun, open_block_run
 from .spool import HiddenSpool, Streams
 
 #: packed modules that may wait for the disk

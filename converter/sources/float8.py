@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..formats.errors import SourceError
+from ...formats.errors import SourceError
+from .checkpoint import Checkpoint, SourceTensor
 from .derived import Changes, Computed, DerivedCheckpoint
-from .sources import Checkpoint, SourceTensor
 
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _SCALES = {

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..formats.errors import SourceError
+from ...formats.errors import SourceError
 from .renaming import Renaming
 
 _ROUTER_LEAVES = {"gate", "router", "shared_expert_gate", "classifier"}

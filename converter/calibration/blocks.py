@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..formats.errors import CalibrationError
-from .architecture import Architecture, model_config, name_of_blocks
-from .sources import FLOAT_TORCH_DTYPES, Checkpoint
+from ...formats.errors import CalibrationError
+from ..sources.architecture import Architecture, model_config, name_of_blocks
+from ..sources.checkpoint import FLOAT_TORCH_DTYPES, Checkpoint
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..formats.errors import FormatError, OutputError
-from ..formats.output_directory import output_directory
-from ..formats.reader import SalrFile
+from ...formats.errors import FormatError, OutputError
+from ...formats.output_directory import output_directory
+from ...formats.reader import SalrFile
 from .model_card import CardEvaluation, model_card
 
 WEIGHTS = "weights.salr.safetensors"

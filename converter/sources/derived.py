@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..formats.dtypes import byte_view
-from .sources import FLOAT_TORCH_DTYPES, PIECE_BYTES, Asset, Checkpoint, SourceTensor
+from ...formats.dtypes import byte_view
+from .checkpoint import FLOAT_TORCH_DTYPES, PIECE_BYTES, Asset, Checkpoint, SourceTensor
 
 #: from (start, stop) to that part of a tensor along its first dimension, in float32
 Rows = Callable[[int, int], torch.Tensor]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..formats.errors import SourceError
+from ...formats.errors import SourceError
+from .checkpoint import LICENCES, Asset, Checkpoint, SourceTensor, read_json
 from .derived import Changes, Computed, DerivedCheckpoint
-from .sources import LICENCES, Asset, Checkpoint, SourceTensor, read_json
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 #: what quantized weights are rounded to where they are stored as floats

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from ..formats import naming
-from ..formats.container import TensorSpec, plan_layout
-from ..formats.dtypes import F32Array, byte_view, to_float32
-from ..formats.errors import AdapterError, FormatError, OutputError
-from ..formats.manifest import RESIDUAL, AdapterEntry
-from ..formats.output_directory import output_directory
-from ..formats.output_file import OutputFile
-from ..formats.reader import SalrFile
-from .adapters.settings import CONFIG_NAME
-from .architecture import Architecture
+from ...formats import naming
+from ...formats.container import TensorSpec, plan_layout
+from ...formats.dtypes import F32Array, byte_view, to_float32
+from ...formats.errors import AdapterError, FormatError, OutputError
+from ...formats.manifest import RESIDUAL, AdapterEntry
+from ...formats.output_directory import output_directory
+from ...formats.output_file import OutputFile
+from ...formats.reader import SalrFile
+from ..adapters.settings import CONFIG_NAME
+from ..sources.architecture import Architecture
+from ..sources.checkpoint import architecture_of, read_json
 from .peft_config import PeftModule, adapter_config
-from .sources import architecture_of, read_json
 from .unpack import METADATA, wanted_dtype, write_assets, write_weights
 
 Progress = Callable[[int, int], None]

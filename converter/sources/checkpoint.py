@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..formats.container import Container
-from ..formats.dtypes import FLOAT_ENCODINGS, storage_dtype
-from ..formats.errors import FormatError, SourceError
+from ...formats.container import Container
+from ...formats.dtypes import FLOAT_ENCODINGS, storage_dtype
+from ...formats.errors import FormatError, SourceError
 
 TORCH_DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",

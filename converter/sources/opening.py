@@ -9,13 +9,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..formats.errors import OptionError, SourceError
-from .adapters.binding import bind
-from .adapters.source import Adapter, is_adapter_directory
+from ...formats.errors import OptionError, SourceError
+from ..adapters.binding import bind
+from ..adapters.source import Adapter, is_adapter_directory
+from ..options import ConvertOptions
+from .checkpoint import Checkpoint
 from .float8 import dequantized
 from .gguf_checkpoint import gguf_file, open_gguf
-from .options import ConvertOptions
-from .sources import Checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (

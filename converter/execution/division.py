@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..formats import naming
-from ..formats.container import TensorSpec
-from ..formats.errors import OptionError
-from ..formats.sharding import ShardContent
-from .plan import Plan
+from ...formats import naming
+from ...formats.container import TensorSpec
+from ...formats.errors import OptionError
+from ...formats.sharding import ShardContent
+from ..plan import Plan
 
 
 @dataclass(frozen=True)

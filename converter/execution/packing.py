@@ -13,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..formats import naming
-from ..formats.bitmap import bitmap_width, pack_bitmap, row_offsets
-from ..formats.dtypes import Array, storage_dtype
-from ..formats.errors import SourceError
-from ..formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
-from ..formats.values import stored_elements, values_dtype
-from .methods import Factors, Problem, Solution, solve
-from .options import METHODS, ConvertOptions
-from .plan import ENCODING_OF, PlannedModule, is_solved
-from .prune import Groups
-from .quantization import Quantized, Quantizer
-from .sources import FLOAT_TORCH_DTYPES, TORCH_ENCODINGS, Checkpoint
-from .weighted import minus_product, output_energy
+from ...formats import naming
+from ...formats.bitmap import bitmap_width, pack_bitmap, row_offsets
+from ...formats.dtypes import Array, storage_dtype
+from ...formats.errors import SourceError
+from ...formats.manifest import RESIDUAL, ErrorEntry, ModuleEntry
+from ...formats.values import stored_elements, values_dtype
+from ..methods import Factors, Problem, Solution, solve
+from ..methods.prune import Groups
+from ..methods.quantization import Quantized, Quantizer
+from ..methods.weighted import minus_product, output_energy
+from ..options import METHODS, ConvertOptions
+from ..plan import ENCODING_OF, PlannedModule, is_solved
+from ..sources.checkpoint import FLOAT_TORCH_DTYPES, TORCH_ENCODINGS, Checkpoint
 
 _ERROR_ROWS = 256
 _FALLBACK = "alternating"

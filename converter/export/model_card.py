@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..formats.manifest import RESIDUAL
-from ..formats.reader import SalrFile
-from .adapters.summary import list_adapters
-from .report import error_report, size_report, worst_modules
+from ...formats.manifest import RESIDUAL
+from ...formats.reader import SalrFile
+from ..adapters.summary import list_adapters
+from ..report import error_report, size_report, worst_modules
 
 _TAGS = ("salr", "sparse", "low-rank", "compressed")
 _WORST = 5

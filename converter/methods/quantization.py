@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ..formats.values import NF4_CODE_BOOK, QUANTIZED_BITS
+from ...formats.values import NF4_CODE_BOOK, QUANTIZED_BITS
 
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 _COLUMNS = 64

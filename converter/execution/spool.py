@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import xxhash
 
-from ..formats.dtypes import byte_view
-from ..formats.errors import OutputError
+from ...formats.dtypes import byte_view
+from ...formats.errors import OutputError
 
 #: hidden states (1, length, width) of each sample
 Hidden = list[torch.Tensor]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..formats.errors import OptionError
+from ...formats.errors import OptionError
+from ..options import ConvertOptions
+from ..plan import Plan
 from .candidates import Candidate, measured_candidates
-from .options import ConvertOptions
-from .plan import Plan
 
 _BISECTIONS = 60
 

@@ -14,11 +14,11 @@ from typing import Protocol
 
 import torch
 
-from .options import ConvertOptions
+from ..methods.weighted import damped_gram
+from ..options import ConvertOptions
+from ..plan import Plan, PlannedModule
+from ..sources.checkpoint import Checkpoint
 from .packing import Calibrated, PackedMatrix, packed_matrices
-from .plan import Plan, PlannedModule
-from .sources import Checkpoint
-from .weighted import damped_gram
 
 _ASYMMETRY = 0.5
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..formats.errors import CalibrationError
-from .options import SYNTHETIC, CalibrationOptions
-from .sources import Checkpoint, read_json
+from ...formats.errors import CalibrationError
+from ..options import SYNTHETIC, CalibrationOptions
+from ..sources.checkpoint import Checkpoint, read_json
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..formats.errors import OptionError
+from ...formats.errors import OptionError
 
 _MOST_WORKERS = 8
 #: threads that feed one GPU, so that writing overlaps computing

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from ..formats.container import TensorSpec
-from ..formats.errors import InputLostError
-from ..formats.manifest import canonical_json
-from ..formats.validation import digest
+from ...formats.container import TensorSpec
+from ...formats.errors import InputLostError
+from ...formats.manifest import canonical_json
+from ...formats.validation import digest
+from ...formats.version import VERSION
+from ..options import ConvertOptions
 from .devices import environment
-from .options import ConvertOptions
 
 _HEAD_BYTES = 1 << 16
 _INTERVAL_S = 1.0
@@ -93,14 +94,12 @@ def fingerprint(
     specs: Iterable[TensorSpec],
 ) -> dict[str, Any]:
     """Return everything that the output's bytes follow from, as JSON."""
-    from .. import __version__
-
     layout = [[spec.name, spec.dtype, list(spec.shape)] for spec in specs]
     adapters = [name for name, _ in options.adapters]
     division = {"max_shard_size": options.max_shard_size, "part": list(options.part) if options.part else None}
     return {
         "inputs": inputs.fingerprint() | {name: digest(data) for name, data in assets.items()},
         "options": {**options.recorded(), "adapters": adapters, **division},
-        "environment": {**environment(device), "salr": __version__, "transformers": version("transformers")},
+        "environment": {**environment(device), "salr": VERSION, "transformers": version("transformers")},
         "tensors": digest(canonical_json(layout)),
     }

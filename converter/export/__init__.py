@@ -1,0 +1,1 @@
+"""From a finished file to directories that others load: transformers, PEFT, dense models."""

@@ -1,0 +1,1 @@
+"""What is converted: checkpoints of every kind, opened as one, and what their tensors are for."""
