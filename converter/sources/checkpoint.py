@@ -163,7 +163,13 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise SourceError("no such directory", path=self.directory, needed="a Hugging Face model directory")
+            is_ours = self.directory.suffix == ".salr" and self.directory.is_file()
+            raise SourceError(
+                "is a .salr file already" if is_ours else "a file" if self.directory.exists() else "no such directory",
+                path=self.directory,
+                needed="a Hugging Face model directory",
+                fix="make it dense first: salr unpack" if is_ours else None,
+            )
         self.config: dict[str, Any] = read_json(self.directory / "config.json", "every model directory has one")
         self._files = {file.path.name: file for file in open_weights(self.directory, "model", "pytorch_model")}
         self.tensors = self._collect_tensors()

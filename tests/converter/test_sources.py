@@ -113,6 +113,13 @@ def test_a_missing_directory_is_named(tmp_path):
     refused(tmp_path / "nowhere", tmp_path, f"{tmp_path / 'nowhere'}: no such directory")
 
 
+def test_a_file_in_place_of_a_directory_is_named(tmp_path):
+    (tmp_path / "notes").write_bytes(b"")
+    refused(tmp_path / "notes", tmp_path, "notes: a file, needed a Hugging Face model directory")
+    (tmp_path / "m.salr").write_bytes(b"")
+    refused(tmp_path / "m.salr", tmp_path, "m.salr: is a .salr file already", "salr unpack")
+
+
 def test_a_missing_config_is_named(source, tmp_path):
     (source / "config.json").unlink()
     refused(
