@@ -176,7 +176,7 @@ def test_another_input_is_refused(llama, tmp_path, stopped):
 
 def test_other_versions_are_refused(llama, tmp_path, stopped, monkeypatch):
     stopped(llama, tmp_path / "m.salr", MAGNITUDE)
-    monkeypatch.setattr(salr, "__version__", "9.9")
+    monkeypatch.setattr("salr.converter.execution.fingerprint.VERSION", "9.9")
     with pytest.raises(OutputError, match=r"another environment.salr left this \(then '0.1.0', now '9.9'\)"):
         salr.convert(llama, tmp_path / "m.salr", MAGNITUDE)
 
