@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..formats.dtypes import tensor_bytes
 from ..formats.errors import OptionError
 from ..formats.reader import SalrFile
 from . import console
@@ -242,7 +243,7 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
 
     checkpoint = plan.checkpoint
     n_parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    n_bytes = sum(len(checkpoint.raw(name)) for name in checkpoint.tensors)
+    n_bytes = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values())
     dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
     packed = sum(module.entry.n_weights for module in plan.modules)
     removed = 1 - sum(module.entry.nnz for module in plan.modules) / packed

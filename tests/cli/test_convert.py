@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from salr.converter.options import ConvertOptions
+from salr.converter.pipeline import plan_conversion
+from salr.converter.sources.checkpoint import Checkpoint
 from salr.formats.reader import SalrFile
+
+from salr.cli.console import megabytes
+from salr.cli.convert import show_source
 
 MAGNITUDE = ("--method", "magnitude")
 
@@ -209,3 +215,11 @@ def test_an_output_that_cannot_be_written_is_one_line(fails, source, tmp_path, p
 )
 def test_wrong_usage_exits_with_2(salr, arguments):
     assert salr(*arguments).exit_code == 2
+
+
+def test_what_was_found_is_told_without_reading_a_weight(llama, tmp_path, monkeypatch, capsys):
+    sizes = [tensor.nbytes for tensor in load_file(llama / "model.safetensors").values()]
+    plan = plan_conversion(llama, ConvertOptions())
+    monkeypatch.setattr(Checkpoint, "raw", lambda self, name: pytest.fail(f"{name} is read, or computed"))
+    show_source(plan, plan.options, tmp_path / "out.salr", quiet=False)
+    assert megabytes(sum(sizes)) in capsys.readouterr().out.splitlines()[0]
