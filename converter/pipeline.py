@@ -133,12 +133,11 @@ def plan_conversion(source: str | Path, options: ConvertOptions, partial: Partia
         with one_thread_each(worker_count(options.workers, [device])) as pool:
             return Decisions(overrides=with_budget(plan, options, device, pool)[0].overrides)
 
-    path = options.plan_file or (partial.folder / PLAN_NAME if partial is not None else None)
+    is_part = options.part is not None
+    path = options.plan_file or (None if partial is None or is_part else partial.folder / PLAN_NAME)
     undivided = replace(options, part=None, max_shard_size=None)
     facts = fingerprint(undivided, device, _input_files(checkpoint, adapters), {}, [])
-    is_missing = options.part is not None and options.plan_file is None
-    must_exist = options.part is not None
-    decided = decided_once(None if is_missing else path, facts, decide, must_exist=must_exist)
+    decided = decided_once(path, facts, decide, must_exist=is_part)
     if decided.overrides is not None:
         options = replace(options, overrides=decided.overrides)
     return make_plan(checkpoint, adapters, options, decided.kept_counts)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 
 import torch
 
-from ..sources.checkpoint import PIECE_BYTES, SourceTensor
+from ..sources.checkpoint import SourceTensor, parts_of
 
 _Rows = Callable[[int, int], torch.Tensor]
 
@@ -103,13 +102,6 @@ class TensorChange:
                 norms.append(weight.square().sum(0 if self.transposed else 1))
             squared = torch.stack(norms).sum(0) if self.transposed else torch.cat(norms)
             return (update.magnitude().double() / squared.sqrt()).float()
-
-
-def parts_of(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
-    """Yield ranges along the first dimension of about 16 MB in float32."""
-    step = max(1, PIECE_BYTES // (4 * max(1, prod(tensor.shape[1:]))))
-    for start in range(0, tensor.shape[0], step):
-        yield start, min(start + step, tensor.shape[0])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Invariant: where the checkpoint holds single experts, each gets the rows of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,17 @@ class _Slice:
     stop: int
 
 
+@dataclass
+class _FusedParameter:
+    """A parameter that transformers makes of single experts: expert -> place along N -> tensor.
+
+    ``is_plain``: they are only put side by side.
+    """
+
+    is_plain: bool = False
+    tensors: dict[int, dict[int, str]] = field(default_factory=dict)
+
+
 class SingleExperts:
     """Which tensors of a checkpoint transformers fuses into which parameters of its class."""
 
@@ -55,48 +66,40 @@ class SingleExperts:
         Raises:
             AdapterError: transformers does more than put them side by side.
         """
-        home = next((n for n in self.architecture.spellings(name) if n in self._tensors), name)
-        found = self._tensors.get(home, {})
-        if home not in self._tensors or not self._is_plain[home]:
+        found = next((self._fused[n] for n in self.architecture.spellings(name) if n in self._fused), None)
+        if found is None or not found.is_plain:
             raise AdapterError(
                 f"target_parameters: {self.checkpoint.directory} holds {name} in a form that is not known here",
                 path=adapter.directory,
                 needed="stacked experts, or one tensor an expert",
             )
-        for expert, positions in sorted(found.items()):
+        for expert, positions in sorted(found.tensors.items()):
             step = n_rows // len(positions)
             for position, tensor in sorted(positions.items()):
                 yield _Slice(tensor, expert, position * step, (position + 1) * step)
 
     @cached_property
-    def _tensors(self) -> dict[str, dict[int, dict[int, str]]]:
-        """Parameter -> expert -> place along N -> tensor."""
+    def _fused(self) -> dict[str, _FusedParameter]:
+        """What each fused parameter is made of."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         model: Any = self.architecture.model
-        renamings = [t for t in self._conversion if isinstance(t, WeightRenaming)]
-        converters = [t for t in self._conversion if isinstance(t, WeightConverter)]
+        conversion = list(get_model_conversion_mapping(model))
+        renamings = [t for t in conversion if isinstance(t, WeightRenaming)]
+        converters = [t for t in conversion if isinstance(t, WeightConverter)]
         state = model.state_dict()
-        found: dict[str, dict[int, dict[int, str]]] = {}
+        found: dict[str, _FusedParameter] = {}
         for tensor in self.checkpoint.tensors:
             home, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
             used = next((c for c in converters if pattern in c.source_patterns), None)
             numbers = [int(level) for level in tensor.split(".") if level.isdigit()]
             if used is not None and numbers:
                 position = list(used.source_patterns).index(pattern)
-                found.setdefault(home, {}).setdefault(numbers[-1], {})[position] = tensor
-                self._is_plain[home] = [type(step).__name__ for step in used.operations] in _PLAIN
+                parameter = found.setdefault(home, _FusedParameter())
+                parameter.is_plain = [type(step).__name__ for step in used.operations] in _PLAIN
+                parameter.tensors.setdefault(numbers[-1], {})[position] = tensor
         return found
-
-    @cached_property
-    def _is_plain(self) -> dict[str, bool]:
-        return {}
-
-    @cached_property
-    def _conversion(self) -> list[Any]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return list(get_model_conversion_mapping(self.architecture.model))
 
 
 class _Fused:
@@ -126,9 +129,7 @@ def expert_pairs(path: str, factors: Factors, adapter: Adapter, singles: SingleE
     """
     module, checkpoint, architecture = unwrapped(path), singles.checkpoint, singles.architecture
     name, role = _parameter(module, factors, adapter, architecture)
-    assert role.shape is not None
-    n_experts, *sides = role.shape
-    n_rows, n_columns = reversed(sides) if role.transposed else sides
+    n_experts, n_rows, n_columns = _sizes(role)
     fused = _Fused(adapter, factors, (n_experts, n_rows, n_columns))
     settings = adapter.settings
     alpha, scaling = settings.alpha(name), settings.scaling(name)
@@ -173,14 +174,21 @@ def _parameter(module: str, factors: Factors, adapter: Adapter, architecture: Ar
         role = architecture.parameter(name)
         if role is None or role.shape is None or len(role.shape) != 3:
             continue
-        n_experts, *sides = role.shape
-        n_rows, n_columns = reversed(sides) if role.transposed else sides
+        n_experts, n_rows, n_columns = _sizes(role)
         a, b = factors["A"].shape, factors["B"].shape
         if a[1] == n_columns and b[0] == n_rows and a[0] == b[1] and a[0] % n_experts == 0:
             fitting.append((name, role))
     if len({name for name, _ in fitting}) != 1:
         raise _odd(adapter, module, factors, f"a stack of experts in {architecture.class_name} that they fit")
     return fitting[0]
+
+
+def _sizes(role: Role) -> tuple[int, int, int]:
+    """Return E, N and K of a stack of experts."""
+    assert role.shape is not None
+    n_experts, *sides = role.shape
+    n_rows, n_columns = reversed(sides) if role.transposed else sides
+    return n_experts, n_rows, n_columns
 
 
 def _odd(adapter: Adapter, module: str, factors: Factors, needed: str) -> AdapterError:

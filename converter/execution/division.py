@@ -66,12 +66,14 @@ def contents_in_parts(plan: Plan, n_parts: int) -> list[ShardContent]:
 
 def _units(plan: Plan) -> tuple[_Unit, list[_Unit]]:
     """Return the assets, and everything else in natural order."""
-    modules = {module.name: _Unit(module.specs(), module.entry.source_tensor) for module in plan.modules}
-    inside = {spec.name for unit in modules.values() for spec in unit.specs}
-    others = {spec.name: spec for spec in plan.specs() if spec.name not in inside}
-    assets = [spec for name, spec in others.items() if name.startswith(naming.ASSET_PREFIX)]
-    units = {unit.source or "": unit for unit in modules.values()}
-    units |= {n: _Unit([spec]) for n, spec in others.items() if not n.startswith(naming.ASSET_PREFIX)}
+    units = {m.entry.source_tensor: _Unit(m.specs(), m.entry.source_tensor) for m in plan.modules}
+    inside = {spec.name for unit in units.values() for spec in unit.specs}
+    assets = []
+    for spec in plan.specs():
+        if spec.name.startswith(naming.ASSET_PREFIX):
+            assets.append(spec)
+        elif spec.name not in inside:
+            units[spec.name] = _Unit([spec])
     return _Unit(assets), [units[name] for name in sorted(units, key=lambda name: list(_natural(name)))]
 
 

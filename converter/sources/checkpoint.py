@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -254,6 +255,13 @@ class Checkpoint:
         found = {path for pattern in _ASSETS for path in self.directory.glob(pattern)}
         paths = sorted(path for path in found if path.is_file() and not _NOT_ASSETS.fullmatch(path.name))
         return [Asset(path.relative_to(self.directory).as_posix(), path) for path in paths]
+
+
+def parts_of(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
+    """Yield ranges along the first dimension of about 16 MB in float32."""
+    step = max(1, PIECE_BYTES // (4 * max(1, prod(tensor.shape[1:]))))
+    for start in range(0, tensor.shape[0], step):
+        yield start, min(start + step, tensor.shape[0])
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:

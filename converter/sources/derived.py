@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...formats.dtypes import byte_view
-from .checkpoint import FLOAT_TORCH_DTYPES, PIECE_BYTES, Asset, Checkpoint, SourceTensor
+from .checkpoint import FLOAT_TORCH_DTYPES, Asset, Checkpoint, SourceTensor, parts_of
 
 #: from (start, stop) to that part of a tensor along its first dimension, in float32
 Rows = Callable[[int, int], torch.Tensor]
@@ -122,9 +121,8 @@ class DerivedCheckpoint(Checkpoint):
             return
         tensor = self.tensors[name]
         dtype = FLOAT_TORCH_DTYPES[tensor.dtype]
-        step = max(1, PIECE_BYTES // (4 * max(1, prod(tensor.shape[1:]))))
-        for start in range(0, tensor.shape[0], step):
-            part = self.rows(name, start, min(start + step, tensor.shape[0]))
+        for start, stop in parts_of(tensor):
+            part = self.rows(name, start, stop)
             yield byte_view(part.to(dtype).contiguous().view(torch.uint8).numpy())
 
     def weight_paths(self) -> list[Path]:
