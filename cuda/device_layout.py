@@ -18,6 +18,7 @@ from .launching import Launch
 BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
 COLUMN_MULTIPLE = 128
 _HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
+_RESERVED_BYTES = 1024 + 512
 _DENSE_BYTES = {"dense16": 2048, "dense8": 1024, "dense4": 512}
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -180,9 +181,12 @@ def _offsets(
     return headers.contiguous(), offsets.to(torch.int32), 16 * int(ends[:, -1].max())
 
 
-def table_bytes(encoding: str) -> int:
-    """Return the shared memory of a kernel's table of codes: each of 256 pairs of them once for each lane."""
-    return 256 * 128 if encoding == "dense4" else 0
+def fixed_shared_bytes(encoding: str) -> int:
+    """Return the shared memory that a thread block takes beside what a launch asks for.
+
+    CUDA's own and barriers; for 4-bit codes the table: each of 256 pairs of them once for each lane.
+    """
+    return _RESERVED_BYTES + (256 * 128 if encoding == "dense4" else 0)
 
 
 def definitions(encoding: str, dtype: torch.dtype, **more: int) -> tuple[tuple[str, int], ...]:

@@ -13,13 +13,12 @@ import functools
 import torch
 
 from .compilation import function
-from .device_layout import BLOCK_ROWS, SlabWeight, definitions, table_bytes
+from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch
 from .low_rank import Factors
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
-_RESERVED_BYTES = 1024 + 512  # of shared memory a thread block: CUDA's own, and barriers
 _TILES_BYTES = 16 * 16 * 144
 
 
@@ -67,7 +66,7 @@ def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int)
     handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
     buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
     shared_bytes = 3 * buffer_bytes + _TILES_BYTES
-    all_bytes = shared_bytes + table_bytes(weight.encoding) + _RESERVED_BYTES
+    all_bytes = shared_bytes + fixed_shared_bytes(weight.encoding)
     per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
     arguments = [
         *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets, dense)),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .compilation import function
-from .device_layout import SlabWeight, definitions, table_bytes
+from .device_layout import SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch
 from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
@@ -24,7 +24,6 @@ LARGEST_BATCH = 64
 _SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
 _A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
-_RESERVED_BYTES = 1024 + 512  # of shared memory a thread block: CUDA's own, and barriers
 _MOST_STAGES = 16
 _RING_BYTES = 80 << 10  # more is slower: what an SM is late with waits behind what others have asked for in advance
 _EMPTY = -1  # as in sums.cuh
@@ -217,7 +216,7 @@ class FusedProduct:
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
         properties: Any = torch.cuda.get_device_properties(index)
-        free_bytes = properties.shared_memory_per_block_optin - _RESERVED_BYTES - table_bytes(weight.encoding) - u_bytes
+        free_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding) - u_bytes
         stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
         if stages < 1:
             raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {free_bytes} bytes of shared memory")
