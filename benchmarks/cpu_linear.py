@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from layer_times import Row, processor
 from salr.formats.bitmap import pack_bitmap, row_offsets
 from salr.formats.values import encode_quantized, pad_values
 
@@ -38,23 +39,9 @@ from salr.runtime import cpu
 from salr.runtime.packed import Adapters, PackedWeight
 
 RANK, GROUP_SIZE = 64, 128
+DENSE = ("fp32", "bf16")
 COPIES_BYTES = 128 << 20  # weights of one kind together: four times a 32 MiB cache
 Call = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Times in milliseconds, fastest and median, by kernel name."""
-
-    shape: str
-    n_inputs: int
-    threads: int
-    fastest_ms: dict[str, float]
-    median_ms: dict[str, float]
-
-    def speed_up(self, name: str, times: dict[str, float]) -> float:
-        """Return how many times faster than the faster dense product."""
-        return min(times["fp32"], times["bf16"]) / times[name]
 
 
 def packed_weight(n_rows: int, n_columns: int, values: str) -> PackedWeight:
@@ -176,20 +163,9 @@ def measure(n_rows: int, n_columns: int, options: argparse.Namespace) -> list[Ro
                 calls["ort int8"] = rotate(lambda s, feed=feed: s.run(None, feed), sessions)
             repeats = max(5, options.repeats // (4 if n_inputs >= 256 else 1))
             row = Row(f"{n_rows}x{n_columns}", n_inputs, n_threads, *time_in_turn(calls, repeats, n_threads))
-            print(line_of(row), flush=True)
+            print(row.line(DENSE), flush=True)
             rows.append(row)
     return rows
-
-
-def line_of(row: Row) -> str:
-    """Return a line of the table: milliseconds of all, then what ours gains by the fastest and the median call."""
-    cells = [row.shape, str(row.threads), str(row.n_inputs)]
-    cells += [f"{row.fastest_ms[name]:.2f}" for name in row.fastest_ms if not name.startswith("salr")]
-    for name in row.fastest_ms:
-        if name.startswith("salr"):
-            gains = row.speed_up(name, row.fastest_ms), row.speed_up(name, row.median_ms)
-            cells.append(f"{row.fastest_ms[name]:.2f}, {gains[0]:.2f}x ({gains[1]:.2f}x)")
-    return "| " + " | ".join(cells) + " |"
 
 
 def first_call_costs() -> dict[str, float]:
@@ -211,10 +187,8 @@ def first_call_costs() -> dict[str, float]:
 
 def machine() -> dict[str, str]:
     """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "path": cpu.description(),
         "torch": torch.__version__,

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import onnx
 import onnxruntime
+from layer_times import Row, processor
 from onnx import TensorProto, helper, numpy_helper
 from salr.formats.bitmap import pack_bitmap, row_offsets
 from salr.formats.dtypes import FLOAT_ENCODINGS, from_float32
@@ -43,21 +44,7 @@ from salr.onnx import get_library_path, sparse_linear_node
 
 RANK, GROUP_SIZE, COPIES_BYTES = 64, 128, 256 << 20
 OPSET = 21
-
-
-@dataclass(frozen=True)
-class Row:
-    """Milliseconds a layer by kind, fastest and median."""
-
-    shape: str
-    n_inputs: int
-    threads: int
-    fastest_ms: dict[str, float]
-    median_ms: dict[str, float]
-
-    def speed_up(self, kind: str, times: dict[str, float]) -> float:
-        """Return how many times faster than the faster dense product."""
-        return min(times["dense fp32"], times["dense fp16"]) / times[kind]
+DENSE = ("dense fp32", "dense fp16")
 
 
 @dataclass(frozen=True)
@@ -179,19 +166,8 @@ def measure(shape: str, options: argparse.Namespace) -> list[Row]:
             fastest = {kind: min(each) for kind, each in times.items()}
             median = {kind: statistics.median(each) for kind, each in times.items()}
             rows.append(Row(shape, n_inputs, n_threads, fastest, median))
-            print(line_of(rows[-1]), flush=True)
+            print(rows[-1].line(DENSE), flush=True)
     return rows
-
-
-def line_of(row: Row) -> str:
-    """Return a line of the table: milliseconds of all, then what ours gains by the fastest and the median run."""
-    cells = [row.shape, str(row.threads), str(row.n_inputs)]
-    cells += [f"{row.fastest_ms[kind]:.2f}" for kind in row.fastest_ms if not kind.startswith("salr")]
-    for kind in row.fastest_ms:
-        if kind.startswith("salr"):
-            gains = row.speed_up(kind, row.fastest_ms), row.speed_up(kind, row.median_ms)
-            cells.append(f"{row.fastest_ms[kind]:.2f}, {gains[0]:.2f}x ({gains[1]:.2f}x)")
-    return "| " + " | ".join(cells) + " |"
 
 
 _LOAD = """
@@ -229,10 +205,8 @@ def load_costs(folder: Path) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, str]:
     """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from layer_times import processor
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -145,13 +146,6 @@ def measure(folder: Path, size_gb: float, width: int, workers: list[int]) -> lis
     return rows
 
 
-def cpu_model() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,7 +155,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     sizes = [float(size) for size in args.sizes.split(",")]
-    machine = f"{cpu_model()}, {os.cpu_count()} cores, torch {version('torch')}, Python {platform.python_version()}"
+    machine = f"{processor()}, {os.cpu_count()} cores, torch {version('torch')}, Python {platform.python_version()}"
     print(machine)
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -66,8 +66,12 @@ def evaluate(
 def show_results(results: list[EvalResult]) -> None:
     """Print one line a model."""
     compared = results[0].is_reference
-    columns = ["model", "bits/weight", "size", "perplexity", *(["ratio", "agreement", "KL (nats)"] if compared else [])]
-    show_table(columns, [result_cells(result, compared) for result in results])
+    show_table(result_columns(compared), [result_cells(result, compared) for result in results])
+
+
+def result_columns(compared: bool) -> list[str]:
+    """Return the heads of the table; ``compared``: with those of a reference."""
+    return ["model", "bits/weight", "size", "perplexity", *(["ratio", "agreement", "KL (nats)"] if compared else [])]
 
 
 def result_cells(result: EvalResult, compared: bool) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console
-from .eval import result_cells
+from .eval import result_cells, result_columns
 
 if TYPE_CHECKING:
     from ..converter.export.model_card import CardEvaluation
@@ -75,9 +75,9 @@ def _recorded(path: Path) -> CardEvaluation:
     found = read_results(path)
     results, protocol = found.results, found.protocol
     compared = any(result.is_reference for result in results)
-    columns = ["model", "bits/weight", "size", "perplexity", *(["ratio", "agreement", "KL (nats)"] if compared else [])]
     told = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
-    return CardEvaluation(f"Measured by `salr eval`: {told}.", columns, [result_cells(r, compared) for r in results])
+    rows = [result_cells(result, compared) for result in results]
+    return CardEvaluation(f"Measured by `salr eval`: {told}.", result_columns(compared), rows)
 
 
 @app.command("onnx")
