@@ -49,6 +49,9 @@ def decided_once(
             needed="decisions about the whole model, made once",
             fix="run it once with --plan FILE --dry-run and without --part, then give --plan FILE to each part",
         )
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):  # decisions take minutes: told before them
+        found = "this is a directory" if path.is_dir() else "its folder is missing"
+        raise OutputError(found, path=path, fix="choose another --plan")
     decisions = decide()
     if path is not None:
         _write(path, {"fingerprint": fingerprint, **asdict(decisions)})

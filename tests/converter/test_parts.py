@@ -11,7 +11,7 @@ from salr.converter.execution.division import contents_in_parts
 from salr.converter.execution.packers import LocalExecutor
 from salr.converter.options import CalibrationOptions
 from salr.converter.pipeline import plan_conversion
-from salr.formats.errors import FormatError, OptionError
+from salr.formats.errors import FormatError, OptionError, OutputError
 from salr.formats.joining import join
 
 import salr
@@ -97,6 +97,13 @@ def test_parts_of_different_inputs_are_refused(llama, tmp_path):
     salr.convert(llama, tmp_path / "parts", part(KINDS["magnitude"], 1, 2))
     with pytest.raises(FormatError, match="belongs to another set"):
         salr.convert(source, tmp_path / "parts", part(KINDS["magnitude"], 2, 2))
+
+
+def test_a_plan_file_that_cannot_be_written_is_refused_before_anything_is_decided(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("salr.converter.pipeline.make_plan", lambda *_: pytest.fail("the model is looked at"))
+    for path, found in ((tmp_path, "this is a directory"), (tmp_path / "no" / "plan.json", "its folder is missing")):
+        with pytest.raises(OutputError, match=found):
+            plan_conversion(llama, dataclasses.replace(KINDS["global"], plan_file=path))
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
