@@ -11,7 +11,6 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from .compilation import function
@@ -112,27 +111,15 @@ class FusedProduct:
         weight: the slabs.
         adapters: in fragment order, or None.
         bias: (N,) float32, or None.
-        rank_groups: for layers stacked along N that have adapters of their own: (first row block, first tile of rank,
-            tiles) of each, in order; None where all rows use all ranks.
     """
 
-    def __init__(
-        self,
-        weight: SlabWeight,
-        adapters: Fragments | None,
-        bias: torch.Tensor | None,
-        rank_groups: list[tuple[int, int, int]] | None = None,
-    ) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, bias: torch.Tensor | None) -> None:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
-        n_tiles = adapters.n_tiles if adapters else 0
-        groups = rank_groups or [(0, 0, n_tiles)]
-        self._block_steps = max(tiles for _, _, tiles in groups)
-        steps = np.zeros(weight.n_row_blocks, np.int32)
-        for first_block, first_tile, _ in groups:
-            steps[first_block:] = first_tile
-        self._first_step = torch.from_numpy(steps).to(self.device)
+        self._block_steps = adapters.block_tiles if adapters else 0
+        none = torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
+        self._first_step = adapters.first_tile if adapters else none
         self._plans: dict[tuple[Tile, int], _Plan] = {}
         self._launches: dict[
             tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]

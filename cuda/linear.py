@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from .beside import Factors, FragmentFactors, MatrixFactors
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
 from .fused import FusedProduct
 from .layouts import remember, slabs_of
-from .low_rank import LARGEST_RANK, Factors, FragmentFactors, LowRank, MatrixFactors, fragments
+from .low_rank import LARGEST_RANK, LowRank, fragments
+from .semi_structured import many_rows
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
 #: up to here, rows go through the fused kernel 64 at a time: 16-bit values, quantized values; measured, docs/kernels.md
@@ -38,14 +40,14 @@ class PreparedProduct:
         factors: Factors | None = None if order is None else FragmentFactors(order)
         if adapters is not None and not small:
             factors = MatrixFactors(adapters, self.weight.padded_columns, dtype)
-        self._expanded = ExpandedProduct(self.weight, factors, bias)
+        self.expanded = many_rows(self.weight, factors, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
-        x, out = self.weight.padded(x), x.new_empty(x.shape[0], self.weight.n_rows)
+        x = self.weight.padded(x)
         if self._fused is None or x.shape[0] > crossover(self.weight):
-            return self._expanded(x, out)
-        return self._fused(x, out)
+            return self.expanded(x)
+        return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
 
 
 def crossover(weight: SlabWeight) -> int:
@@ -103,6 +105,11 @@ def prepare(weight: Weight, adapters: LowRank | None, bias: torch.Tensor | None)
 def apply(prepared: Prepared, x: torch.Tensor) -> torch.Tensor:
     """Return x W^T + adapters + bias (M, N) in x's dtype for x (M, K), contiguous."""
     return prepared.product(x.device, x.dtype)(x)
+
+
+def train(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> ExpandedProduct:
+    """Return what gradients flow through, for x on a device in a dtype."""
+    return prepared.product(device, dtype).expanded
 
 
 def linear(

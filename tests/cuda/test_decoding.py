@@ -139,3 +139,17 @@ def test_float32_activations_are_left_to_the_reference_with_a_warning(packed):
     ids = prompts(1, 6)
     with torch.no_grad():
         assert error(model(ids.cuda()).logits, exact(packed, ids)) < 1e-4
+
+
+def test_torch_compile_takes_products_forward_and_backward(packed):
+    model = salr.load(packed, device="cuda")
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(5, mlp.up_proj.in_features, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for run in (mlp, torch.compile(mlp, fullgraph=True)):
+        wanting = x.clone().requires_grad_()
+        y = run(wanting)
+        y.float().pow(2).sum().backward()
+        found.append((y.detach(), wanting.grad))
+    for eager, compiled in zip(*found, strict=True):
+        assert error(compiled.cpu(), eager.cpu()) < 2e-2
