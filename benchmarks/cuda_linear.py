@@ -1,15 +1,15 @@
 """Is a packed layer faster than the dense one on this GPU? 50 % kept, rank 64 and bias included, against cuBLAS.
 
-    python benchmarks/cuda_linear.py [--shapes 6144x4096,...] [--rows 1,2,...] [--values bf16,int8,nf4,2:4] [--json FILE]
-        [--autotune 4096x4096,...] [--peers]
+    python benchmarks/cuda_linear.py [--shapes 6144x4096,...] [--rows 1,2,...] [--values bf16,int8,nf4,2:4]
+        [--autotune 4096x4096,...] [--peers] [--json FILE]
 
 Dense is torch.nn.functional.linear in bfloat16, and for the shapes of --autotune also torch.compile's max-autotune; the
 fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights,
 more than the L2 cache holds; a figure is the median of the replays, in brackets the fastest and the slowest. "norms
 between" is the same chain with a residual add and RMSNorm of K columns after each layer, as in a model, by the same
-kernel on both sides. Quantized values are timed up to 64 rows. "2:4" among the values is bf16 with 2 of 4 kept, from 1024
-rows on, on sparse tensor cores. --peers adds torch's own dense kernels for 4-bit (groups of 128) and fp8 weights, without
-bias or adapters: other bytes, other errors, for comparison.
+kernel on both sides. Quantized values are timed up to 64 rows. "2:4" is bf16 with two of four kept, timed from 1024
+rows on, where sparse tensor cores multiply it. --peers adds torch's own dense kernels for 4-bit (groups of 128) and fp8
+weights, without bias and adapters: other bytes, other errors.
 """
 
 from __future__ import annotations

@@ -62,12 +62,21 @@ class Tile:
 
 TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 8, 2), Tile(8, 8, 2))
 ASYNC_TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 16, 2, 1), Tile(8, 16, 2, 1))
+SHORT_TILE = Tile(4, 16, 2)  # instead of the asynchronous one where a thread block has few rounds: no launch before it
+_FEW_ROUNDS = 16
 
 
-def tile_for(batch: int, encoding: str, capability: tuple[int, int]) -> Tile:
-    """Return the tile for a number of rows of x."""
+def rounds_of_block(weight: SlabWeight) -> float:
+    """Return how many rounds of two slabs each thread block multiplies where there is one on each SM."""
+    n_sms = torch.cuda.get_device_properties(weight.slabs.device).multi_processor_count
+    return weight.n_row_blocks * weight.n_slabs / 2 / n_sms
+
+
+def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: float) -> Tile:
+    """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
     tiles = ASYNC_TILES if capability == (9, 0) and encoding.endswith("16") else TILES
-    return next(tile for tile in tiles if batch <= 8 * tile.NT)
+    tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
+    return SHORT_TILE if tile.ASYNC and tile.NT == SHORT_TILE.NT and rounds < _FEW_ROUNDS else tile
 
 
 class _Arguments(ctypes.Structure):
@@ -117,6 +126,7 @@ class FusedProduct:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
+        self._rounds = rounds_of_block(weight)
         self._block_steps = adapters.block_tiles if adapters else 0
         none = torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
         self._first_step = adapters.first_tile if adapters else none
@@ -136,7 +146,7 @@ class FusedProduct:
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         batch = x.shape[0]
-        tile = tile_for(batch, self.weight.encoding, self._capability)
+        tile = tile_for(batch, self.weight.encoding, self._capability, self._rounds)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)
