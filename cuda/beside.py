@@ -6,13 +6,14 @@ Invariant: lora_B is stored once, in the fused kernel's order, wherever that ker
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Protocol
 
 import torch
 
 from .compilation import function
 from .device_layout import BLOCK_ROWS, definitions
-from .launching import Launch
+from .launching import Launch, stream_of
 from .low_rank import Fragments, LowRank, scaled_A
 
 
@@ -46,37 +47,45 @@ class FragmentFactors:
 
     def __init__(self, fragments: Fragments) -> None:
         self.scaled_A, self._fragments = scaled_A(fragments), fragments
+        self._out, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))
 
     def write_B(self, first: int, out: torch.Tensor) -> None:
         """Write rows of lora_B to ``out``."""
-        fragments, block = self._fragments, first // BLOCK_ROWS
-        pointers = (fragments.lora_B, fragments.first_tile, out)
-        sizes = (block, fragments.block_tiles, len(out), out.stride(0))
-        grid = -(-len(out) // BLOCK_ROWS), fragments.n_tiles, 1
-        _launch("write_ranks", out.device, grid, 512, pointers, sizes)
+        self._out.value, self._first.value = out.data_ptr(), first // BLOCK_ROWS
+        self._rows.value, self._pitch.value = out.shape[0], out.stride(0)
+        self._launch.over(-(-out.shape[0] // BLOCK_ROWS), self._fragments.n_tiles)(stream_of(out))
+
+    @functools.cached_property
+    def _launch(self) -> Launch:
+        of_row_blocks = (ctypes.c_void_p(t.data_ptr()) for t in (self._fragments.lora_B, self._fragments.first_tile))
+        tiles = ctypes.c_int(self._fragments.block_tiles)
+        arguments = [*of_row_blocks, self._out, self._first, tiles, self._rows, self._pitch]
+        return _launch("write_ranks", self._fragments.lora_B.device, 512, arguments)
 
 
-def beside(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Return [x | x A^T] (M, K + ranks) for x (M, K) and A (ranks, K); K and ranks are multiples of 8."""
-    wide = x.new_empty(x.shape[0], x.shape[1] + len(a))
-    chunks = x.shape[1] // 8
-    grid = x.shape[0], -(-chunks // 256), 1
-    _launch("copy_rows", x.device, grid, 256, (x.contiguous(), wide), (chunks, wide.shape[1]))
-    torch.mm(x, a.T, out=wide[:, x.shape[1] :])
-    return wide
+class Beside:
+    """[x | x A^T] (M, K + ranks) for x (M, K) and A (ranks, K); K and ranks are multiples of 8."""
+
+    def __init__(self, a: torch.Tensor) -> None:
+        self._a, (ranks, self._columns) = a.T, a.shape
+        self._wide_columns, self._chunks = self._columns + ranks, self._columns // 8
+        self._from, self._to = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (M, K), contiguous, beside its product."""
+        wide = x.new_empty(x.shape[0], self._wide_columns)
+        self._from.value, self._to.value = x.data_ptr(), wide.data_ptr()
+        self._launch.over(x.shape[0], -(-self._chunks // 256))(stream_of(x))
+        torch.mm(x, self._a, out=wide[:, self._columns :])
+        return wide
+
+    @functools.cached_property
+    def _launch(self) -> Launch:
+        sizes = map(ctypes.c_int, (self._chunks, self._wide_columns))
+        return _launch("copy_rows", self._a.device, 256, [self._from, self._to, *sizes])
 
 
-def _launch(
-    name: str,
-    device: torch.device,
-    grid: tuple[int, int, int],
-    n_threads: int,
-    pointers: tuple[torch.Tensor, ...],
-    sizes: tuple[int, ...],
-) -> None:
-    """Launch a kernel of beside.cu on the current stream."""
+def _launch(name: str, device: torch.device, n_threads: int, arguments: list[Any]) -> Launch:
+    """Return a kernel of beside.cu with its arguments; how many thread blocks is said at each launch."""
     handle = function("beside.cu", name, definitions("dense16", torch.bfloat16), device.index)
-    arguments: list[Any] = [ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers]
-    arguments += map(ctypes.c_int, sizes)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    Launch(handle, grid, n_threads, 0, arguments, is_dependent=False)(stream)
+    return Launch(handle, (1, 1, 1), n_threads, 0, arguments, is_dependent=False)

@@ -14,10 +14,10 @@ import functools
 
 import torch
 
-from .beside import Factors, beside
+from .beside import Beside, Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch
+from .launching import Launch, stream_of
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
@@ -34,14 +34,15 @@ class ExpandedProduct:
         self.weight, self.factors = weight, factors
         self._bias = None if bias is None else bias.to(weight.dtype)
         self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
+        #: whether x is copied beside u: it is not where y is smaller than x
+        self._copies_x = factors is not None and weight.n_rows >= weight.padded_columns
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K padded), a part of the weight at a time."""
         sides, n_rows = self._sides(x), self.weight.n_rows
         out = x.new_empty(x.shape[0], n_rows)
         rows = _rows_of_part(self._n_columns, self.weight.n_row_blocks)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        buffer = _buffer(x.device, stream, self.weight.dtype, rows * self._n_columns)
+        buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
         for start in range(0, n_rows, rows):
             stop = min(start + rows, n_rows)
             dense = buffer[: (stop - start) * self._n_columns].view(stop - start, -1)
@@ -49,7 +50,16 @@ class ExpandedProduct:
             self._multiply(sides, dense, start, out[:, start:stop])
         return out
 
-    @property
+    @functools.cached_property
+    def _expansion(self) -> Expansion:
+        return Expansion(self.weight)
+
+    @functools.cached_property
+    def _beside(self) -> Beside:
+        assert self.factors is not None
+        return Beside(self.factors.scaled_A)
+
+    @functools.cached_property
     def decoded_like(self) -> torch.Tensor:
         """One zero in the shape of [W | B] (N, K padded + R)."""
         zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.slabs.device)
@@ -57,7 +67,7 @@ class ExpandedProduct:
 
     def decode(self) -> torch.Tensor:
         """Return [W | B] (N, K padded + R)."""
-        dense = torch.empty_like(self.decoded_like, memory_format=torch.contiguous_format)
+        dense = self.decoded_like.new_empty(self.decoded_like.shape)
         self._expand(dense, 0)
         return dense
 
@@ -80,7 +90,7 @@ class ExpandedProduct:
 
     def _expand(self, dense: torch.Tensor, start: int) -> None:
         """Write [W | B] from row ``start``, a multiple of 256, to ``dense``."""
-        expand(self.weight, dense, start, torch.cuda.current_stream(dense.device).cuda_stream)
+        self._expansion(dense, start)
         if self.factors is not None:
             self.factors.write_B(start, dense[:, self.weight.padded_columns :])
 
@@ -88,8 +98,8 @@ class ExpandedProduct:
         """Return what is multiplied by [W | B]: [x | u] whole, or x and u where y is smaller than x."""
         if self.factors is None:
             return [x]
-        if self.weight.n_rows >= x.shape[1]:
-            return [beside(x, self.factors.scaled_A)]
+        if self._copies_x:
+            return [self._beside(x)]
         return [x, x @ self.factors.scaled_A.T]
 
     def _multiply(self, sides: list[torch.Tensor], dense: torch.Tensor, start: int, out: torch.Tensor) -> None:
@@ -105,22 +115,32 @@ class ExpandedProduct:
             out.addmm_(side, dense[:, first.shape[1] :].T)
 
 
-def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int) -> None:
-    """Write rows from ``first_row``, a multiple of 256, to ``dense`` (rows, pitch) with pitch >= K padded."""
-    device = weight.slabs.device.index
-    properties = torch.cuda.get_device_properties(device)
-    handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
-    buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
-    shared_bytes = 3 * buffer_bytes + _TILES_BYTES
-    all_bytes = shared_bytes + fixed_shared_bytes(weight.encoding)
-    per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
-    arguments = [
-        *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets, dense)),
-        *map(ctypes.c_int, (weight.n_slabs, first_row // BLOCK_ROWS, *dense.shape[:1], dense.stride(0), buffer_bytes)),
-    ]
-    n_slabs = -(-dense.shape[0] // BLOCK_ROWS) * weight.n_slabs
-    grid = min(n_slabs, per_sm * properties.multi_processor_count), 1, 1
-    Launch(handle, grid, 512, shared_bytes, arguments, is_dependent=False)(stream)
+class Expansion:
+    """The launch that writes rows of a weight, dense, in 16 bits."""
+
+    def __init__(self, weight: SlabWeight) -> None:
+        self._n_slabs, device = weight.n_slabs, weight.slabs.device.index
+        properties = torch.cuda.get_device_properties(device)
+        buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
+        shared_bytes = 3 * buffer_bytes + _TILES_BYTES
+        all_bytes = shared_bytes + fixed_shared_bytes(weight.encoding)
+        per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
+        self._most_blocks = per_sm * properties.multi_processor_count
+        self._to, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))
+        arguments = [
+            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets)), self._to,
+            ctypes.c_int(weight.n_slabs), self._first, self._rows, self._pitch, ctypes.c_int(buffer_bytes),
+        ]  # fmt: skip
+        handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
+        self._launch = Launch(handle, (1, 1, 1), 512, shared_bytes, arguments, is_dependent=False)
+
+    def __call__(self, dense: torch.Tensor, first_row: int) -> None:
+        """Write rows from ``first_row``, a multiple of 256, to ``dense`` (rows, pitch) with pitch >= K padded."""
+        rows = dense.shape[0]
+        self._to.value, self._first.value = dense.data_ptr(), first_row // BLOCK_ROWS
+        self._rows.value, self._pitch.value = rows, dense.stride(0)
+        n_slabs = -(-rows // BLOCK_ROWS) * self._n_slabs
+        self._launch.over(min(n_slabs, self._most_blocks))(stream_of(dense))
 
 
 def _rows_of_part(n_columns: int, n_row_blocks: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from .compilation import function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch
+from .launching import Launch, stream_of
 from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
 
@@ -147,7 +147,7 @@ class FusedProduct:
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         batch = x.shape[0]
         tile = tile_for(batch, self.weight.encoding, self._capability, self._rounds)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = stream_of(x)
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)
         if found is None:

@@ -10,6 +10,8 @@ import ctypes
 import functools
 from typing import Any
 
+import torch
+
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
@@ -64,6 +66,11 @@ class Launch:
         self._function = ctypes.c_void_p(function)
         self._driver = driver()
 
+    def over(self, x: int, y: int = 1) -> Launch:
+        """Set how many thread blocks there are, and return self."""
+        self._configuration.grid[0], self._configuration.grid[1] = x, y
+        return self
+
     def __call__(self, stream: int) -> None:
         """Launch on a stream (its handle).
 
@@ -74,6 +81,11 @@ class Launch:
         status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
         if status:
             raise CudaError(f"cuLaunchKernelEx: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 to find its cause")
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """Return the handle of torch's current stream on a tensor's device, in a tenth of a microsecond."""
+    return int(torch._C._cuda_getCurrentRawStream(tensor.device.index))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from .beside import Factors, beside
+from .beside import Beside, Factors
 from .device_layout import SlabWeight
 from .expanded import ExpandedProduct
 
@@ -43,8 +43,8 @@ class SemiStructuredProduct(ExpandedProduct):
             return super().__call__(x)
         missing = -x.shape[0] % _ROW_MULTIPLE
         rows = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-        if self._spread_A is not None:
-            rows = beside(rows, self._spread_A)
+        if self.factors is not None:
+            rows = self._beside_spread(rows)
         algorithm, split_k, mode = self._algorithm(rows)
         y: torch.Tensor = torch._cslt_sparse_mm(
             self._compressed, rows.T, self._bias, transpose_result=True, alg_id=algorithm, split_k=split_k,
@@ -53,9 +53,10 @@ class SemiStructuredProduct(ExpandedProduct):
         return y[: x.shape[0]]
 
     @functools.cached_property
-    def _spread_A(self) -> torch.Tensor | None:
-        """A's rows, scaled, with two rows of zeros after each two (2 R, K padded)."""
-        return None if self.factors is None else _spread(self.factors.scaled_A, 0)
+    def _beside_spread(self) -> Beside:
+        """What puts u beside x, two zeros after each two of it."""
+        assert self.factors is not None
+        return Beside(_spread(self.factors.scaled_A, 0))
 
     @functools.cached_property
     def _compressed(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ again inside the backward pass, what it decodes serves the gradient that follows
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ class DecodedInFloat:
     def __init__(self, run: Callable[[Tensor], Tensor], weight: PackedWeight, adapters: Adapters | None) -> None:
         self._run, self._weight, self._adapters = run, weight, adapters
 
-    @property
+    @functools.cached_property
     def decoded_like(self) -> Tensor:
         """One float32 zero in the weight's shape (N, K)."""
         return torch.zeros((), device=self._weight.values.device).expand(self._weight.n_rows, self._weight.n_columns)
@@ -73,6 +74,9 @@ def differentiable(x: Tensor, trainable: Trainable) -> Tensor:
     return y
 
 
+_IS_DECODED = (torch.tensor(False), torch.tensor(True))
+
+
 class _Differentiable(torch.autograd.Function):
     """Saves no weight in a first forward pass, and the decoded one in a repeated one.
 
@@ -85,7 +89,7 @@ class _Differentiable(torch.autograd.Function):
         is_repeated = torch._C._current_graph_task_id() != -1
         decoded = trainable.decode() if is_repeated else None
         ctx.trainable = trainable
-        ctx.save_for_backward(trainable.decoded_like if decoded is None else decoded, torch.tensor(is_repeated))
+        ctx.save_for_backward(trainable.decoded_like if decoded is None else decoded, _IS_DECODED[is_repeated])
         return trainable.multiply(x, decoded)
 
     @staticmethod

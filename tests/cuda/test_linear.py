@@ -150,12 +150,12 @@ def test_many_rows_are_multiplied(encoding, batch):
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 def test_expansion_is_bit_equal_to_the_reference(encoding):
     from salr.cuda.device_layout import lay_out
-    from salr.cuda.expanded import expand
+    from salr.cuda.expanded import Expansion
 
     packed = weight(700, 1000, 0.5, encoding)
     slabs = lay_out(packed, torch.bfloat16)
     dense = torch.full((700, slabs.padded_columns), torch.nan, device="cuda", dtype=torch.bfloat16)
-    expand(slabs, dense, 0, torch.cuda.current_stream().cuda_stream)
+    Expansion(slabs)(dense, 0)
     expected = reference.dense(packed)
     if encoding == "bf16":
         assert torch.equal(dense[:, :1000], expected.bfloat16())

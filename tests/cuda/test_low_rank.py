@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from salr.cuda.beside import FragmentFactors, MatrixFactors, beside
+from salr.cuda.beside import Beside, FragmentFactors, MatrixFactors
 from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments, scaled_A
 from salr.cuda.stacking import Layer, Ranks, stack_ranks
@@ -79,7 +79,7 @@ def test_u_stands_beside_x(shape):
     torch.manual_seed(0)
     factors = FragmentFactors(fragments(layer(256, shape[1], 24, "cuda").adapters, torch.bfloat16))
     x = torch.randn(shape, device="cuda").bfloat16()
-    wide = beside(x, factors.scaled_A)
+    wide = Beside(factors.scaled_A)(x)
     assert torch.equal(wide[:, : shape[1]], x)
     torch.testing.assert_close(wide[:, shape[1] :], x @ factors.scaled_A.T)
 
