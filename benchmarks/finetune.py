@@ -26,6 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from finetuning.cost import SHAPES
+from finetuning.cost import run as run_cost
 from finetuning.report import print_report
 from finetuning.schedule import Results
 from finetuning.training import Protocol
@@ -69,6 +71,13 @@ def parsed() -> argparse.Namespace:
     runs.add_argument("--held-out", type=int, default=256, help="training examples kept aside to choose a rate")
     runs.add_argument("--samples", type=int, default=64, help="calibration windows")
     runs.add_argument("--new-tokens", type=int, default=320, help="the most that an answer may have")
+    cost = commands.add_parser("cost")
+    cost.add_argument("--shape", choices=tuple(SHAPES), default="llama-3-8b")
+    cost.add_argument("--layers", type=int, help="other than the shape's")
+    cost.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192], help="a step, in sequences of 1024")
+    cost.add_argument("--steps", type=int, default=7, help="that are timed, after 3")
+    cost.add_argument("--device", default=device)
+    cost.add_argument("--out", type=Path, help="rows are kept here; a side that is there is not measured again")
     report = commands.add_parser("report")
     report.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -79,6 +88,8 @@ def main() -> None:
     args = parsed()
     if args.command == "quality":
         quality(args)
+    elif args.command == "cost":
+        run_cost(args.shape, args.layers, args.tokens, args.steps, args.device, args.out)
     else:
         print_report(Results(args.out, None))
 

@@ -16,7 +16,6 @@ import torch
 
 from salr.evaluation.protocol import EvalOptions, plan_windows
 
-IGNORED = -100
 LONGEST_TRAINED = 384
 #: batches whose examples are sorted by length together, so that little is padding
 POOL = 8
@@ -117,14 +116,24 @@ def by_length(examples: Sequence[Example], most_tokens: int) -> list[list[Exampl
     return found
 
 
-def padded(batch: Sequence[Example], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and targets (n, T), padded on the right: targets[:, t] is the answer's token that follows ids[:, t].
+class Batch(NamedTuple):
+    """Ids (n, T), and which positions of the n * T predict an answer's token (m,), with those tokens (m,)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    expected: torch.Tensor
+
+
+def padded(batch: Sequence[Example], pad: int, device: torch.device) -> Batch:
+    """Return examples padded on the right.
 
     In a causal model nothing before the padding depends on it, so no attention mask is needed.
     """
     width = -(-max(example.length for example in batch) // 8) * 8
-    ids, targets = torch.full((len(batch), width), pad), torch.full((len(batch), width), IGNORED)
+    ids, positions, expected = torch.full((len(batch), width), pad), [], []
     for row, (prompt, answer, _) in enumerate(batch):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        targets[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
-    return ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        first = row * width + len(prompt) - 1
+        positions += range(first, first + len(answer))
+        expected += answer
+    return Batch(ids.to(device), torch.tensor(positions, device=device), torch.tensor(expected, device=device))

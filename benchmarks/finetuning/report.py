@@ -14,9 +14,21 @@ from .schedule import Results, best_rate
 from .variants import SEEDS, VARIANTS, Variant
 
 COMPARED = (
-    ("LoSA (ICLR 2025)", "not run: it prunes and adapts 7B-13B models in one procedure of its own"),
-    ("SparseLoRA (ICML 2025)", "not run: it skips channels while training a dense base that stays whole, for 7B-13B"),
-    ("DeepSparse", "not run: it is an inference engine for x86 CPUs; it trains no adapters"),
+    (
+        "LoSA (ICLR 2025)",
+        "not run: it chooses sparsity and ranks while it trains, on models of 7B and more. Published: LLaMA-2-7B "
+        "pruned and tuned in 45 minutes on an A100, perplexity 68.73 lower than pruned alone (arXiv 2502.14816)",
+    ),
+    (
+        "SparseLoRA (ICML 2025)",
+        "not run: it skips channels of a base that stays dense, with kernels for models of 7B and more. Published: "
+        "up to 2.2x less computation and 1.6x faster training at LoRA's accuracy (PMLR 267)",
+    ),
+    (
+        "DeepSparse (sparse fine-tuning, 2023)",
+        "not run: it trains all weights with distillation and serves on CPUs. Published: MPT-7B on GSM8K, 60 % sparse "
+        "and int8, no loss of accuracy against dense (arXiv 2310.06927)",
+    ),
 )
 HEAD = ("variant", "trained", "rate", "seeds", "answer NLL before", "after", "x dense", "exact match, %",
         "perplexity before", "after", "x dense", "train s")  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .data import IGNORED, Example, by_length, padded
+from .data import Batch, Example, by_length, padded
 
 _ROWS = 2048
 _TOKENS = 8192
@@ -32,16 +32,15 @@ def causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def summed_nll(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed negative log-likelihood in nats of targets (n, T) that are not IGNORED."""
+def summed_nll(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the summed negative log-likelihood in nats of the tokens expected."""
     inner = causal(model)
-    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
-    counted = targets != IGNORED
-    rows, expected = hidden[counted], targets[counted]
-    total = torch.zeros((), device=ids.device)
-    for start in range(0, len(expected), _ROWS):
-        piece = rows[start : start + _ROWS], expected[start : start + _ROWS]
-        total = total + checkpoint(_piece_nll, inner.lm_head, *piece, use_reentrant=False)
+    hidden = inner.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    rows = hidden.flatten(0, 1).index_select(0, batch.positions)
+    total = torch.zeros((), device=batch.ids.device)
+    for start in range(0, len(batch.expected), _ROWS):
+        piece = rows[start : start + _ROWS], batch.expected[start : start + _ROWS]
+        total = total + checkpoint(_piece_nll, inner.lm_head, *piece, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
@@ -55,7 +54,7 @@ def answer_nll(model: Any, examples: Sequence[Example], pad: int) -> float:
     """Return the mean negative log-likelihood of an answer's token in nats."""
     device = causal(model).device
     with arithmetic(device):
-        sums = [summed_nll(model, *padded(batch, pad, device)) for batch in by_length(examples, _TOKENS)]
+        sums = [summed_nll(model, padded(batch, pad, device)) for batch in by_length(examples, _TOKENS)]
     return sum(float(part) for part in sums) / sum(len(example.answer) for example in examples)
 
 
@@ -67,6 +66,6 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
     with arithmetic(device):
         for start in range(0, len(windows), size):
             ids = windows[start : start + size].to(device)
-            targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
-            sums.append(summed_nll(model, ids, targets))
+            positions = torch.arange(ids.numel(), device=device).view(ids.shape)[:, :-1].flatten()
+            sums.append(summed_nll(model, Batch(ids, positions, ids[:, 1:].flatten())))
     return math.exp(min(_LARGEST, sum(float(part) for part in sums) / (windows.numel() - len(windows))))

@@ -129,6 +129,8 @@ class Bench:
         merge_into(self._plain, model)
         size = 660 if self.device.type == "cuda" else 32
         share = exact_match(self._plain, self.tokenizer, self.data.test, size, self.protocol.new_tokens)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         error = math.sqrt(share * (1 - share) / len(self.data.test))
         return {"exact": share, "exact_se": error, "exact_s": round(time.perf_counter() - start, 1)}
 
@@ -153,7 +155,7 @@ def parameter_groups(model: Any, variant: Variant, rate: float, batch: list[Exam
         return [{"params": list(trained(model).values()), "lr": rate}]
     own: Any = "auto" if variant.residual == OWN else rate
     cast_inputs(model, True)
-    ids, _ = padded(batch, pad, model.device)
+    ids = padded(batch, pad, model.device).ids
     lengths = torch.tensor([example.length for example in batch], device=ids.device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
     shown = [{"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}]
@@ -174,6 +176,8 @@ def train(model: Any, variant: Variant, rate: float, epoch: list[list[Example]],
     optimizer = made_optimizer(groups, variant.optimizer, device)
     rates = [group["lr"] for group in optimizer.param_groups]
     model.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     losses, start = [], time.perf_counter()
     for step, batch in enumerate(epoch):
         for group, full in zip(optimizer.param_groups, rates, strict=True):
@@ -204,7 +208,7 @@ def backward(model: Any, batch: list[Example], pad: int, device: torch.device) -
     total = torch.zeros((), device=device)
     for part in by_length(batch, _MOST_TOKENS):
         with arithmetic(device):
-            loss = summed_nll(model, *padded(part, pad, device)) / n_tokens
+            loss = summed_nll(model, padded(part, pad, device)) / n_tokens
         loss.backward()
         total += loss.detach()
     return total
