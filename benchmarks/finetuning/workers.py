@@ -21,6 +21,7 @@ from .training import Bench, Protocol
 from .variants import Variant, conversion, convert
 
 _ATTEMPTS = 2
+HIDDEN = ("kind", "variant", "rate", "seed", "base", "rates", "seconds")
 #: a task is not begun where less than this times the longest run so far is left
 _MARGIN = 1.1
 
@@ -44,19 +45,26 @@ def serve(place: Place, threads: int, inbox: Any, outbox: Any) -> None:
     bench: Bench | None = None
     for task in iter(inbox.get, None):
         try:
-            if task.variant is None:
-                options = conversion(task.base, place.data, place.device, place.protocol.rounds, place.protocol.samples)
-                rows = [convert(task.base, place.source, place.work / f"{task.base}.salr", options)]
-            else:
-                bench = bench or Bench(place.source, place.data, place.work, torch.device(place.device), place.protocol)
-                rows = bench.run(task.variant, task.rate, task.seed, task.best, task.wants_before)
-            outbox.put((os.getpid(), rows, None))
+            if task.variant is not None and bench is None:
+                bench = Bench(place.source, place.data, place.work, torch.device(place.device), place.protocol)
+            start = time.perf_counter()
+            rows = done(task, place, bench)
+            seconds = round(time.perf_counter() - start, 1)
+            outbox.put((os.getpid(), [{**row, "seconds": seconds} for row in rows], None))
         except Exception as error:
             traceback.print_exc()
             if isinstance(error, torch.OutOfMemoryError):
                 bench = None
                 torch.cuda.empty_cache()
             outbox.put((os.getpid(), [], f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+
+
+def done(task: Task, place: Place, bench: Bench | None) -> list[dict[str, Any]]:
+    """Do a task and return its rows."""
+    if task.variant is not None and bench is not None:
+        return bench.run(task.variant, task.rate, task.seed, task.best, task.wants_before)
+    options = conversion(task.base, place.data, place.device, place.protocol.rounds, place.protocol.samples)
+    return [convert(task.base, place.source, place.work / f"{task.base}.salr", options)]
 
 
 @dataclass
@@ -66,7 +74,6 @@ class Worker:
     process: Any
     inbox: Any
     task: Task | None = None
-    begun: float = 0.0
     holds: Any = None
 
 
@@ -119,7 +126,6 @@ class Crew:
             task = next((t for t in near if t.variant and t.variant.model_key == worker.holds), left[0])
             before = {w.task.base for w in self.workers.values() if w.task and w.task.wants_before}
             worker.task = replace(task, wants_before=task.wants_before and task.base not in before)
-            worker.begun = time.monotonic()
             worker.holds = task.variant.model_key if task.variant else worker.holds
             worker.inbox.put(worker.task)
             left = self.open_tasks()
@@ -137,8 +143,7 @@ class Crew:
     def receive(self, pid: int, rows: list[dict[str, Any]], reason: str | None) -> None:
         """Keep what a worker has found."""
         worker = self.workers[pid]
-        task, seconds = worker.task, time.monotonic() - worker.begun
-        worker.task = None
+        task, worker.task = worker.task, None
         assert task is not None
         what = f"{task.variant.name}, rate {task.rate:g}, seed {task.seed}" if task.variant else f"convert {task.base}"
         if reason is not None:
@@ -146,10 +151,11 @@ class Crew:
             worker.holds = None
             print(f"FAILED {what}: {reason}", flush=True)
             return
-        self.results.add([{**row, "seconds": round(seconds, 1)} for row in rows])
+        self.results.add(rows)
+        seconds = rows[-1]["seconds"]
         if task.variant:
             self.longest = max(self.longest, seconds)
-        told = {k: v for k, v in rows[-1].items() if k not in ("kind", "variant", "rate", "seed", "base")}
+        told = {k: v for k, v in rows[-1].items() if k not in HIDDEN}
         print(f"{what} ({seconds:.0f} s): {told}", flush=True)
 
     def bury(self) -> None:
