@@ -189,6 +189,6 @@ def _fill(tuned: Any, name: str, taken: Mapping[str, TakenAdapter], autocast: bo
     for path, pair in taken.items():
         layer = model.get_submodule(path)
         for factors, factor in ((layer.lora_A, pair.lora_A), (layer.lora_B, pair.lora_B)):
-            trained = factor.to(torch.float32 if autocast else factor.dtype, copy=True)
+            trained = factor.to(torch.float32 if autocast else layer.get_base_layer().compute_dtype, copy=True)
             factors[name].weight = torch.nn.Parameter(trained)
         layer.scaling[name] = pair.entry.scaling

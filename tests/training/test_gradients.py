@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from salr.integrations.peft_layer import SalrLoraLinear
 
 import salr
+from salr.integrations.peft_layer import SalrLoraLinear
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
