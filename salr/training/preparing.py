@@ -35,8 +35,8 @@ def prepare_for_training(
 ) -> Any:
     """Return a ``peft.PeftModel`` in training mode around a model from ``salr.load``, which it changes.
 
-    Everything packed or dense stays frozen; adapters of the file go on acting, frozen too. Gradient checkpointing (of
-    both kinds) and torch.compile work as on any transformers model.
+    Everything packed or dense stays frozen; adapters of the file go on acting, frozen too. For checkpointing call
+    ``gradient_checkpointing_enable`` of what this returns, which cares for what the reentrant kind needs.
 
     Args:
         rank: of the new adapter; None takes adapter ``name`` of the file out of the packed base and trains it further.
@@ -77,8 +77,6 @@ def prepare_for_training(
     if train_residual:
         _add_residual(peft, tuned, linears, task, autocast_adapter_dtype)
     tuned.set_adapter(name)
-    if hasattr(model, "enable_input_require_grads"):  # what reentrant checkpointing needs
-        model.enable_input_require_grads()
     return tuned.train()
 
 
@@ -191,6 +189,6 @@ def _fill(tuned: Any, name: str, taken: Mapping[str, TakenAdapter], autocast: bo
     for path, pair in taken.items():
         layer = model.get_submodule(path)
         for factors, factor in ((layer.lora_A, pair.lora_A), (layer.lora_B, pair.lora_B)):
-            trained = factor.to(torch.float32 if autocast else factor.dtype, copy=True)
+            trained = factor.to(torch.float32 if autocast else layer.get_base_layer().compute_dtype, copy=True)
             factors[name].weight = torch.nn.Parameter(trained)
         layer.scaling[name] = pair.entry.scaling

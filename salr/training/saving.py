@@ -58,6 +58,8 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     inner = inner_model(model)
     names = {home: module for module, home in skeleton_of(inner).homes.items()}
     file = file_of(inner)
+    if not _lora_layers(inner):
+        raise AdapterError("the model has no adapter of peft", fix="use salr.prepare_for_training or get_peft_model")
     _check_whole(model, inner)
     found = _factors(inner, names)
     adapters = [
@@ -66,8 +68,6 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
         if not (name == RESIDUAL and _is_untouched(file, factors))
     ]
     _check_nothing_lost(inner, set(found))
-    if not found:
-        raise AdapterError("the model has no adapter of peft", fix="use salr.prepare_for_training or get_peft_model")
     written = write_trained(file, adapters, Destination(Path(path), force))
     return SaveReport(Path(path), Path(path).stat().st_size, tuple(written))
 
