@@ -77,7 +77,7 @@ def packed_product(rows: list[int], n_columns: int, device: torch.device, values
         adapters.append(random_residual(n, n_columns, device))
     backend = backends.backend_for(device.type)
     if backend.stack is None:  # a machine without a GPU tries the script out
-        each = [backend.product(w, a, None, device, torch.bfloat16) for w, a in zip(weights, adapters, strict=True)]
+        each = [backend.product(w, a, None, device, torch.bfloat16).run for w, a in zip(weights, adapters, strict=True)]
         return lambda x: torch.cat([product(x) for product in each], -1), sum(
             canonical_bytes(w, a) for w, a in zip(weights, adapters, strict=True)
         )

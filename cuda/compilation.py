@@ -22,6 +22,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "arrange_x.cu",
         "lay_out.cu",
         "expand.cu",
+        "beside.cu",
         "add_norm.cu",
         "rotary.cu",
         "gated.cu",

@@ -30,6 +30,7 @@ class Weight(Protocol):
     n_columns: int
     nnz: int
     encoding: str
+    pattern: str
     values: torch.Tensor
     bitmap: torch.Tensor | None
     row_offsets: torch.Tensor | None
@@ -45,7 +46,8 @@ class Weight(Protocol):
 class SlabWeight:
     """A weight (N, K) as slabs on a GPU.
 
-    ``slabs`` uint8; ``offsets`` (n_row_blocks * n_slabs + 1,) int32 in units of 16 bytes; ``dtype`` of the product.
+    ``slabs`` uint8; ``offsets`` (n_row_blocks * n_slabs + 1,) int32 in units of 16 bytes; ``dtype`` of the product;
+    ``pattern`` of what is kept, unstructured or 2:4.
     """
 
     n_rows: int
@@ -55,6 +57,7 @@ class SlabWeight:
     slabs: torch.Tensor
     offsets: torch.Tensor
     largest_slab_bytes: int
+    pattern: str = "unstructured"
 
     @property
     def n_row_blocks(self) -> int:
@@ -142,7 +145,7 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> SlabWeight:
         "lay_out", weight, encoding, (n_blocks * n_slabs, 1, 1), UNITS * 32,
         [source, *(ctypes.c_void_p(t.data_ptr()) for t in (slabs, offsets, headers))],
     )  # fmt: skip
-    return SlabWeight(weight.n_rows, weight.n_columns, encoding, dtype, slabs, offsets, largest)
+    return SlabWeight(weight.n_rows, weight.n_columns, encoding, dtype, slabs, offsets, largest, weight.pattern)
 
 
 def _kept_before(weight: Weight, n_blocks: int, n_slabs: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

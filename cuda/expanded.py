@@ -1,8 +1,10 @@
 """Products with many rows of x: the weight is expanded to 16 bits in parts, each multiplied by cuBLAS.
 
-Invariant: no more than one workspace is ever dense, a part of the weight at a time. B's columns stand beside W's and A
-x beside x: adapters cost no extra pass over y. Expanding the next part on a second stream while cuBLAS multiplies this
-one (the paper's two stages) was slower than one after the other: both want the same places on the SMs.
+Invariant: a product needs one dense workspace, a part of the weight at a time. B's columns stand beside W's, and u =
+A x beside x, or y is read and written once more where that is less than copying x.
+
+Expanding the next part on a second stream while cuBLAS multiplies this one (the paper's two stages) was slower than one
+after the other: both want the same places on the SMs.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ import functools
 
 import torch
 
+from .beside import Factors, beside
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch
-from .low_rank import Factors
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
@@ -23,40 +25,84 @@ _TILES_BYTES = 16 * 16 * 144
 
 
 class ExpandedProduct:
-    """y = x W^T + adapters + bias for x (M, K padded) of any M."""
+    """y = x W^T + adapters + bias for x (M, K padded) of any M, and the gradient of x.
+
+    A part of the weight is dense as [W | B], its rows' columns padded.
+    """
 
     def __init__(self, weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> None:
         self.weight, self.factors = weight, factors
         self._bias = None if bias is None else bias.to(weight.dtype)
+        self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the product of x (M, K padded) to ``out`` (M, N) and return it."""
-        weight = self.weight
-        wide = self._beside_u(x)
-        rows = _rows_of_part(wide.shape[1], weight.n_row_blocks)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product (M, N) of x (M, K padded), a part of the weight at a time."""
+        sides, n_rows = self._sides(x), self.weight.n_rows
+        out = x.new_empty(x.shape[0], n_rows)
+        rows = _rows_of_part(self._n_columns, self.weight.n_row_blocks)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        buffer = _buffer(x.device, stream, weight.dtype, rows * wide.shape[1])
-        for start in range(0, weight.n_rows, rows):
-            stop = min(start + rows, weight.n_rows)
-            dense = buffer[: (stop - start) * wide.shape[1]].view(stop - start, -1)
-            expand(weight, dense, start, stream)
-            if self.factors is not None:
-                self.factors.write_B(start, stop, dense[:, weight.padded_columns :])
-            if self._bias is None:
-                torch.mm(wide, dense.T, out=out[:, start:stop])
-            else:
-                torch.addmm(self._bias[start:stop], wide, dense.T, out=out[:, start:stop])
+        buffer = _buffer(x.device, stream, self.weight.dtype, rows * self._n_columns)
+        for start in range(0, n_rows, rows):
+            stop = min(start + rows, n_rows)
+            dense = buffer[: (stop - start) * self._n_columns].view(stop - start, -1)
+            self._expand(dense, start)
+            self._multiply(sides, dense, start, out[:, start:stop])
         return out
 
-    def _beside_u(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [x | scaled A x]."""
+    @property
+    def decoded_like(self) -> torch.Tensor:
+        """One zero in the shape of [W | B] (N, K padded + R)."""
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.slabs.device)
+        return zero.expand(self.weight.n_rows, self._n_columns)
+
+    def decode(self) -> torch.Tensor:
+        """Return [W | B] (N, K padded + R)."""
+        dense = torch.empty_like(self.decoded_like, memory_format=torch.contiguous_format)
+        self._expand(dense, 0)
+        return dense
+
+    def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
+        """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
+        x = self.weight.padded(x)
+        if decoded is None:
+            return self(x)
+        out = x.new_empty(x.shape[0], self.weight.n_rows)
+        self._multiply(self._sides(x), decoded, 0, out)
+        return out
+
+    def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x (M, K) for that of y (M, N)."""
+        wide, columns = gradient @ decoded, self.weight.padded_columns
         if self.factors is None:
-            return x
-        scaled_a = self.factors.scaled_A
-        wide = x.new_empty(x.shape[0], x.shape[1] + len(scaled_a))
-        wide[:, : x.shape[1]].copy_(x)
-        torch.mm(x, scaled_a.T, out=wide[:, x.shape[1] :])
-        return wide
+            return wide[:, : self.weight.n_columns]
+        result = torch.addmm(wide[:, :columns], wide[:, columns:], self.factors.scaled_A)
+        return result[:, : self.weight.n_columns]
+
+    def _expand(self, dense: torch.Tensor, start: int) -> None:
+        """Write [W | B] from row ``start``, a multiple of 256, to ``dense``."""
+        expand(self.weight, dense, start, torch.cuda.current_stream(dense.device).cuda_stream)
+        if self.factors is not None:
+            self.factors.write_B(start, dense[:, self.weight.padded_columns :])
+
+    def _sides(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return what is multiplied by [W | B]: [x | u] whole, or x and u where y is smaller than x."""
+        if self.factors is None:
+            return [x]
+        if self.weight.n_rows >= x.shape[1]:
+            return [beside(x, self.factors.scaled_A)]
+        return [x, x @ self.factors.scaled_A.T]
+
+    def _multiply(self, sides: list[torch.Tensor], dense: torch.Tensor, start: int, out: torch.Tensor) -> None:
+        """Write the product with rows of [W | B] from ``start`` to ``out``."""
+        columns = slice(start, start + len(dense))
+        first, *rest = sides
+        weight = dense[:, : first.shape[1]].T
+        if self._bias is None:
+            torch.mm(first, weight, out=out)
+        else:
+            torch.addmm(self._bias[columns], first, weight, out=out)
+        for side in rest:
+            out.addmm_(side, dense[:, first.shape[1] :].T)
 
 
 def expand(weight: SlabWeight, dense: torch.Tensor, first_row: int, stream: int) -> None:

@@ -11,7 +11,6 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from .compilation import function
@@ -63,12 +62,21 @@ class Tile:
 
 TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 8, 2), Tile(8, 8, 2))
 ASYNC_TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 16, 2, 1), Tile(8, 16, 2, 1))
+SHORT_TILE = Tile(4, 16, 2)  # instead of the asynchronous one where a thread block has few rounds: no launch before it
+_FEW_ROUNDS = 16
 
 
-def tile_for(batch: int, encoding: str, capability: tuple[int, int]) -> Tile:
-    """Return the tile for a number of rows of x."""
+def rounds_of_block(weight: SlabWeight) -> float:
+    """Return how many rounds of two slabs each thread block multiplies where there is one on each SM."""
+    n_sms = torch.cuda.get_device_properties(weight.slabs.device).multi_processor_count
+    return weight.n_row_blocks * weight.n_slabs / 2 / n_sms
+
+
+def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: float) -> Tile:
+    """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
     tiles = ASYNC_TILES if capability == (9, 0) and encoding.endswith("16") else TILES
-    return next(tile for tile in tiles if batch <= 8 * tile.NT)
+    tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
+    return SHORT_TILE if tile.ASYNC and tile.NT == SHORT_TILE.NT and rounds < _FEW_ROUNDS else tile
 
 
 class _Arguments(ctypes.Structure):
@@ -112,27 +120,16 @@ class FusedProduct:
         weight: the slabs.
         adapters: in fragment order, or None.
         bias: (N,) float32, or None.
-        rank_groups: for layers stacked along N that have adapters of their own: (first row block, first tile of rank,
-            tiles) of each, in order; None where all rows use all ranks.
     """
 
-    def __init__(
-        self,
-        weight: SlabWeight,
-        adapters: Fragments | None,
-        bias: torch.Tensor | None,
-        rank_groups: list[tuple[int, int, int]] | None = None,
-    ) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, bias: torch.Tensor | None) -> None:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
-        n_tiles = adapters.n_tiles if adapters else 0
-        groups = rank_groups or [(0, 0, n_tiles)]
-        self._block_steps = max(tiles for _, _, tiles in groups)
-        steps = np.zeros(weight.n_row_blocks, np.int32)
-        for first_block, first_tile, _ in groups:
-            steps[first_block:] = first_tile
-        self._first_step = torch.from_numpy(steps).to(self.device)
+        self._rounds = rounds_of_block(weight)
+        self._block_steps = adapters.block_tiles if adapters else 0
+        none = torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
+        self._first_step = adapters.first_tile if adapters else none
         self._plans: dict[tuple[Tile, int], _Plan] = {}
         self._launches: dict[
             tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]
@@ -149,7 +146,7 @@ class FusedProduct:
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         batch = x.shape[0]
-        tile = tile_for(batch, self.weight.encoding, self._capability)
+        tile = tile_for(batch, self.weight.encoding, self._capability, self._rounds)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
+from .beside import Factors, FragmentFactors, MatrixFactors
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
-from .fused import FusedProduct
+from .fused import FusedProduct, rounds_of_block
 from .layouts import remember, slabs_of
-from .low_rank import LARGEST_RANK, Factors, FragmentFactors, LowRank, MatrixFactors, fragments
+from .low_rank import LARGEST_RANK, LowRank, fragments
+from .semi_structured import many_rows
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
-#: up to here, rows go through the fused kernel 64 at a time: 16-bit values, quantized values; measured, docs/kernels.md
-CROSSOVER, QUANTIZED_CROSSOVER = 192, 64
+#: (fewest rounds of a thread block, rows of x up to which the fused kernel is faster); measured, docs/kernels.md
+CROSSOVERS, QUANTIZED_CROSSOVER = ((16, 192), (8, 128), (0, 64)), 64
 
 
 class PreparedProduct:
@@ -38,19 +40,23 @@ class PreparedProduct:
         factors: Factors | None = None if order is None else FragmentFactors(order)
         if adapters is not None and not small:
             factors = MatrixFactors(adapters, self.weight.padded_columns, dtype)
-        self._expanded = ExpandedProduct(self.weight, factors, bias)
+        self._crossover = crossover(self.weight)
+        self.expanded = many_rows(self.weight, factors, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
-        x, out = self.weight.padded(x), x.new_empty(x.shape[0], self.weight.n_rows)
-        if self._fused is None or x.shape[0] > crossover(self.weight):
-            return self._expanded(x, out)
-        return self._fused(x, out)
+        x = self.weight.padded(x)
+        if self._fused is None or x.shape[0] > self._crossover:
+            return self.expanded(x)
+        return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
 
 
 def crossover(weight: SlabWeight) -> int:
     """Return how many rows of x the fused kernel multiplies faster than cuBLAS multiplies an expanded weight."""
-    return CROSSOVER if weight.encoding.endswith("16") else QUANTIZED_CROSSOVER
+    if not weight.encoding.endswith("16"):
+        return QUANTIZED_CROSSOVER
+    rounds = rounds_of_block(weight)
+    return next(rows for least, rows in CROSSOVERS if rounds >= least)
 
 
 @functools.cache
@@ -103,6 +109,11 @@ def prepare(weight: Weight, adapters: LowRank | None, bias: torch.Tensor | None)
 def apply(prepared: Prepared, x: torch.Tensor) -> torch.Tensor:
     """Return x W^T + adapters + bias (M, N) in x's dtype for x (M, K), contiguous."""
     return prepared.product(x.device, x.dtype)(x)
+
+
+def train(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> ExpandedProduct:
+    """Return what gradients flow through, for x on a device in a dtype."""
+    return prepared.product(device, dtype).expanded
 
 
 def linear(

@@ -29,7 +29,8 @@ class LowRank(Protocol):
 class Fragments:
     """Adapters as fragments: lora_A [K/64][n_tiles][4 steps][32 lanes][8], lora_B [row blocks][tiles][16 units][32][8].
 
-    ``n_tiles`` are the tiles of 16 ranks, ``block_tiles`` those that a row block uses.
+    ``n_tiles`` are the tiles of 16 ranks; a row block uses ``block_tiles`` of them, from its own ``first_tile`` on
+    ((row blocks,) int32).
     """
 
     n_tiles: int
@@ -37,6 +38,7 @@ class Fragments:
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scaling: torch.Tensor
+    first_tile: torch.Tensor
 
 
 def fragments(adapters: LowRank, dtype: torch.dtype) -> Fragments:
@@ -48,7 +50,8 @@ def fragments(adapters: LowRank, dtype: torch.dtype) -> Fragments:
     a = _padded(adapters.lora_A.to(dtype), missing, padded_columns(n_columns) - n_columns)
     b = _padded(adapters.lora_B.to(dtype), n_blocks * BLOCK_ROWS - n_rows, missing)
     scaling = torch.nn.functional.pad(adapters.scaling.float(), (0, missing)).contiguous()
-    return Fragments(n_tiles, n_tiles, _a_order(a, n_tiles), _b_order(b, n_blocks, n_tiles), scaling)
+    first_tile = torch.zeros(n_blocks, dtype=torch.int32, device=b.device)
+    return Fragments(n_tiles, n_tiles, _a_order(a, n_tiles), _b_order(b, n_blocks, n_tiles), scaling, first_tile)
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -68,47 +71,8 @@ def _b_order(b: torch.Tensor, n_blocks: int, n_tiles: int) -> torch.Tensor:
     return order.reshape(-1).contiguous()
 
 
-class Factors(Protocol):
-    """The factors of a product with an expanded weight: ``scaled_A`` = scaling * lora_A (rank, K padded)."""
-
-    scaled_A: torch.Tensor
-
-    def write_B(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B to ``out`` (last - first, rank); ``first`` is a multiple of 256."""
-        ...
-
-
-class MatrixFactors:
-    """Factors as they came, their rank padded to 8: for ranks beyond what the fused kernel takes."""
-
-    def __init__(self, adapters: LowRank, n_columns: int, dtype: torch.dtype) -> None:
-        scaled = (adapters.lora_A.float() * adapters.scaling[:, None]).to(dtype)
-        missing = -len(scaled) % 8
-        self.scaled_A = _padded(scaled, missing, n_columns - scaled.shape[1]).contiguous()
-        self._b = torch.nn.functional.pad(adapters.lora_B.to(dtype), (0, missing))
-
-    def write_B(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B to ``out`` (last - first, rank)."""
-        out.copy_(self._b[first:last])
-
-
-class FragmentFactors:
-    """Factors of fragments, of one of several stacked layers its own; B is read back, so that it is stored once."""
-
-    def __init__(self, fragments: Fragments, first_tile: int = 0, first_block: int = 0) -> None:
-        n_tiles = fragments.block_tiles
-        tiles = slice(first_tile, first_tile + n_tiles)
-        slabs = fragments.lora_A.view(-1, fragments.n_tiles, 4, 8, 4, 2, 2, 2)[:, tiles]
-        a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(16 * n_tiles, -1)
-        self.scaled_A = (a.float() * fragments.scaling.view(-1, 16)[tiles].reshape(-1, 1)).to(a.dtype)
-        blocks = fragments.lora_B.view(-1, n_tiles, UNITS, 8, 4, 2, 2, 2)[first_block:]
-        self._b = blocks.permute(0, 2, 6, 3, 1, 5, 4, 7)  # block, unit, half, g, tile, k, t, element
-
-    def write_B(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B to ``out`` (last - first, rank)."""
-        whole, rest = divmod(last - first, BLOCK_ROWS)
-        blocks = self._b[first // BLOCK_ROWS :]
-        if whole:
-            out[: whole * BLOCK_ROWS].view(blocks[:whole].shape).copy_(blocks[:whole])
-        if rest:
-            out[-rest:].copy_(blocks[whole].reshape(BLOCK_ROWS, -1)[:rest])
+def scaled_A(fragments: Fragments) -> torch.Tensor:
+    """Return scaling * lora_A (ranks, K padded), read back from fragments and rounded once."""
+    slabs = fragments.lora_A.view(-1, fragments.n_tiles, 4, 8, 4, 2, 2, 2)
+    a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(16 * fragments.n_tiles, -1)
+    return (a.float() * fragments.scaling[:, None]).to(a.dtype)

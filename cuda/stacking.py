@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .beside import FragmentFactors
 from .device_layout import BLOCK_ROWS, SlabWeight
-from .expanded import ExpandedProduct
 from .fused import FusedProduct
-from .low_rank import LARGEST_RANK, FragmentFactors, Fragments, LowRank, fragments
+from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
+from .semi_structured import many_rows
 
 _TILE = 16  # ranks
 
@@ -42,7 +43,7 @@ def reason_not_stacked(layers: Sequence[Layer]) -> str | None:
     first = layers[0].weight
     if any(layer.weight.n_rows % BLOCK_ROWS for layer in layers[:-1]):
         return f"rows {[layer.weight.n_rows for layer in layers]} (multiples of {BLOCK_ROWS} are stacked)"
-    for name in ("n_columns", "encoding", "dtype"):
+    for name in ("n_columns", "encoding", "dtype", "pattern"):
         if any(getattr(layer.weight, name) != getattr(first, name) for layer in layers):
             return f"layers that differ in {name}"
     rank = len(layers) * rank_tiles(layers) * _TILE
@@ -69,6 +70,7 @@ def stack_slabs(weights: Sequence[SlabWeight]) -> SlabWeight:
         slabs=torch.cat([weight.slabs for weight in weights]),
         offsets=torch.cat([*offsets, end]).to(torch.int32),
         largest_slab_bytes=max(weight.largest_slab_bytes for weight in weights),
+        pattern=weights[0].pattern,
     )
 
 
@@ -82,7 +84,7 @@ def split_slabs(stacked: SlabWeight, n_rows: Sequence[int]) -> list[SlabWeight]:
         parts.append(
             SlabWeight(
                 rows, stacked.n_columns, stacked.encoding, stacked.dtype, stacked.slabs[start:stop],
-                offsets - offsets[0], stacked.largest_slab_bytes,
+                offsets - offsets[0], stacked.largest_slab_bytes, stacked.pattern,
             )
         )  # fmt: skip
         first_block = last_block
@@ -109,25 +111,21 @@ def padded_ranks(layer: Layer, n_tiles: int) -> Ranks:
     )
 
 
-def stack_ranks(layers: Sequence[Layer]) -> tuple[Fragments, list[tuple[int, int, int]]] | None:
-    """Return all layers' adapters in fragment order, and (first row block, first tile, tiles) of each; None if none."""
+def stack_ranks(layers: Sequence[Layer]) -> Fragments | None:
+    """Return all layers' adapters in fragment order, as many tiles of ranks each; None if none has any."""
     n_tiles = rank_tiles(layers)
     if not n_tiles:
         return None
     parts = [fragments(padded_ranks(layer, n_tiles), layer.weight.dtype) for layer in layers]
     n_slabs = layers[0].weight.n_slabs
-    groups, first_block = [], 0
-    for i, layer in enumerate(layers):
-        groups.append((first_block, i * n_tiles, n_tiles))
-        first_block += layer.weight.n_row_blocks
-    together = Fragments(
+    return Fragments(
         n_tiles=len(layers) * n_tiles,
         block_tiles=n_tiles,
         lora_A=torch.cat([part.lora_A.view(n_slabs, -1) for part in parts], 1).reshape(-1),
         lora_B=torch.cat([part.lora_B for part in parts]),
         scaling=torch.cat([part.scaling for part in parts]),
+        first_tile=torch.cat([part.first_tile + i * n_tiles for i, part in enumerate(parts)]),
     )
-    return together, groups
 
 
 class StackedProduct:
@@ -147,19 +145,12 @@ class StackedProduct:
             for layer in layers
         ]
         bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).contiguous()
-        self._fused = FusedProduct(stacked, ranks[0] if ranks else None, bias, ranks[1] if ranks else None)
-        own = [FragmentFactors(ranks[0], tile, block) for block, tile, _ in ranks[1]] if ranks else [None] * len(layers)
-        self._expanded = [
-            ExpandedProduct(layer.weight, mine, layer.bias) for layer, mine in zip(layers, own, strict=True)
-        ]
+        self._fused = FusedProduct(stacked, ranks, bias)
+        self._expanded = many_rows(stacked, FragmentFactors(ranks) if ranks else None, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, all N) of x (M, K), contiguous, in its dtype."""
-        x, out = self.weight.padded(x), x.new_empty(x.shape[0], self.weight.n_rows)
-        if x.shape[0] <= self._crossover:
-            return self._fused(x, out)
-        first = 0
-        for product in self._expanded:
-            product(x, out[:, first : first + product.weight.n_rows])
-            first += product.weight.n_rows
-        return out
+        x = self.weight.padded(x)
+        if x.shape[0] > self._crossover:
+            return self._expanded(x)
+        return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))

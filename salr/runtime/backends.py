@@ -3,9 +3,9 @@
 Invariant: a backend is imported when it is first asked for, and whatever keeps it from being used becomes a sentence,
 never an exception of another library. Each is a module with ``linear`` (signature of ``reference.linear``); where it
 needs more than torch, ``reason_unusable() -> str | None``; where a matrix can be made ready once, ``prepare`` and
-``apply``; where it cannot take every matrix, ``takes(weight, dtype) -> str | None`` with the reason against; where one
-launch can serve several matrices, ``stack``; where it needs no packed tensors on its device once a product is made
-ready, ``KEEPS_PACKED_ON_HOST``.
+``apply``, and ``train`` where gradients have a way of their own; where it cannot take every matrix, ``takes(weight,
+dtype) -> str | None`` with the reason against; where one launch can serve several matrices, ``stack``; where it needs
+no packed tensors on its device once a product is made ready, ``KEEPS_PACKED_ON_HOST``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from . import reference
 from .errors import BackendError
+from .gradients import DecodedInFloat, Trainable
 from .packed import Adapters, PackedWeight
 
 #: name -> module; the first usable one of a device's list runs there
@@ -41,19 +42,29 @@ class Linear(Protocol):
         """Return x W^T + adapters + bias."""
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class Product:
+    """The product with one matrix, for many calls: ``run`` takes x (M, K), contiguous, to y (M, N)."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    #: what gradients flow through, made when first asked for
+    trainable: Callable[[], Trainable]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A usable backend; ``prepare`` and ``apply`` split its ``linear`` into what is done once and at each call."""
+    """A usable backend; ``prepare`` and ``apply`` split its ``linear`` into what is done once and at each call.
+
+    ``train`` takes what ``prepare`` returned, a device and a dtype to a ``Trainable``.
+    """
 
     name: str
     linear: Linear
     prepare: Callable[[PackedWeight, Adapters | None, torch.Tensor | None], Any] | None = None
     apply: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     takes: Callable[[PackedWeight, torch.dtype], str | None] | None = None
-    stack: Callable[..., Product | None] | None = None
+    stack: Callable[..., Callable[[torch.Tensor], torch.Tensor] | None] | None = None
+    train: Callable[[Any, torch.device, torch.dtype], Trainable] | None = None
     keeps_packed_on_host: bool = False
 
     def product(
@@ -64,18 +75,22 @@ class Backend:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Product:
-        """Return the product with one matrix, for many calls: x (M, K), contiguous -> y (M, N).
+        """Return the product with one matrix, for many calls.
 
         x will be on ``device`` in ``dtype``. What the backend does not take, the reference computes, with a warning.
         """
         refused = self.takes is not None and self._refuses(weight, dtype)
         if (refused or not self.keeps_packed_on_host) and weight.values.device != device:
             weight, adapters = weight.to(device), None if adapters is None else adapters.to(device)
-        if refused:
-            return lambda x: reference.linear(x, weight, adapters, bias)
-        if self.prepare is None or self.apply is None:
-            return lambda x: self.linear(x, weight, adapters, bias)
-        return functools.partial(self.apply, self.prepare(weight, adapters, bias))
+        if refused or self.prepare is None or self.apply is None:
+            linear = reference.linear if refused else self.linear
+            run = functools.partial(linear, weight=weight, adapters=adapters, bias=bias)
+            return Product(run, lambda: DecodedInFloat(run, weight, adapters))
+        prepared = self.prepare(weight, adapters, bias)
+        run = functools.partial(self.apply, prepared)
+        if self.train is None:
+            return Product(run, lambda: DecodedInFloat(run, weight, adapters))
+        return Product(run, functools.partial(self.train, prepared, device, dtype))
 
     def _refuses(self, weight: PackedWeight, dtype: torch.dtype) -> bool:
         reason = None if self.takes is None else self.takes(weight, dtype)
@@ -102,7 +117,7 @@ def usable(name: str) -> Backend:
     module, reason = _found(name)
     if module is None or reason is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {reason}", fix="see `salr doctor`")
-    optional = {member: getattr(module, member, None) for member in ("prepare", "apply", "takes", "stack")}
+    optional = {member: getattr(module, member, None) for member in ("prepare", "apply", "takes", "stack", "train")}
     return Backend(name, module.linear, **optional, keeps_packed_on_host=getattr(module, "KEEPS_PACKED_ON_HOST", False))
 
 

@@ -127,7 +127,7 @@ def _single(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -
     """Return one layer's product, laid out by a row of zeros."""
     if not isinstance(module, SalrLinear):
         return module
-    product = module.matrices()[0].product(device, dtype, module.bias, module.backend)
+    product = module.matrices()[0].product(device, dtype, module.bias, module.backend).run
     with torch.no_grad():
         product(torch.zeros(1, module.in_features, dtype=dtype, device=device))
     return product

@@ -6,7 +6,6 @@ of a stacked weight are views of it where they begin at a whole byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..formats.values import PADDING_BYTES
-from .backends import backend_for
+from .backends import Product, backend_for
 from .packed import TORCH_ENCODINGS, Adapters, PackedWeight
 
 
@@ -24,14 +23,14 @@ class Matrix:
 
     weight: PackedWeight
     adapters: Adapters | None
-    _products: dict[tuple[torch.device, torch.dtype | None, str | None], _Product] = field(
+    _products: dict[tuple[torch.device, torch.dtype | None, str | None], _Ready] = field(
         default_factory=dict, compare=False
     )
 
     def product(
         self, device: torch.device, dtype: torch.dtype, bias: torch.Tensor | None, backend: str | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return x (M, K) -> y (M, N) for x on a device in a dtype.
+    ) -> Product:
+        """Return the product for x on a device in a dtype.
 
         It is made ready at the first call, and again where the bias has changed.
         """
@@ -40,15 +39,15 @@ class Matrix:
         version = None if bias is None else bias._version
         found = self._products.get(key)
         if found is None or found.bias is not bias or found.version != version:
-            run = chosen.product(self.weight, self.adapters, bias, device, dtype)
-            found = self._products[key] = _Product(run, bias, version)
-        return found.run
+            product = chosen.product(self.weight, self.adapters, bias, device, dtype)
+            found = self._products[key] = _Ready(product, bias, version)
+        return found.product
 
 
-class _Product(NamedTuple):
+class _Ready(NamedTuple):
     """A product that was made ready, and the bias it was made with."""
 
-    run: Callable[[torch.Tensor], torch.Tensor]
+    product: Product
     bias: torch.Tensor | None
     version: int | None
 

@@ -1,20 +1,21 @@
 """The packed product as one torch operator, ``salr::linear``, and the direct way past it.
 
-Invariant: in eager mode without gradients the backend is called directly, because an operator costs some 20 us a call
-on the host. Traced (torch.compile, torch.export, fake tensors) and with gradients the operator is called: it is opaque,
-has a fake, and its backward decodes the weight anew, so that no dense copy outlives it.
+Invariant: in eager mode the backend is called directly, because an operator costs some 20 us a call on the host. Traced
+(torch.compile, torch.export, fake tensors) the operator is called: it is opaque, has a fake, and its backward decodes
+the weight anew. Under autocast x is cast as torch.nn.functional.linear casts it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import reference
 from .backends import backend_for
+from .gradients import differentiable
 from .matrix import Matrix
 from .packed import Adapters, PackedWeight
 
 Tensor = torch.Tensor
+_AUTOCAST = ("cpu", "cuda")
 
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None = None) -> Tensor:
@@ -22,19 +23,32 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None =
 
     Gradients flow to x and to bias; weight and adapters are constants.
     """
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return traced(x, matrix.weight, matrix.adapters, bias, backend)
-    rows = _rows(x, matrix.weight)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        y = linear(x, matrix, None, backend)
+        return y + bias.to(y.dtype)
+    x = autocast(x)
+    rows, shape = _rows(x, matrix.weight), (*x.shape[:-1], matrix.weight.n_rows)
     if not rows.numel():
-        return x.new_zeros((*x.shape[:-1], matrix.weight.n_rows))
-    return matrix.product(x.device, x.dtype, bias, backend)(rows).view(*x.shape[:-1], matrix.weight.n_rows)
+        return x @ x.new_zeros(()).expand(matrix.weight.n_columns, matrix.weight.n_rows)
+    product = matrix.product(x.device, x.dtype, bias, backend)
+    if x.requires_grad and torch.is_grad_enabled():
+        return differentiable(rows, product.trainable()).view(shape)
+    return product.run(rows).view(shape)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast asks for."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if kind in _AUTOCAST and torch.is_autocast_enabled(kind) else x
 
 
 def traced(
     x: Tensor, weight: PackedWeight, adapters: Adapters | None, bias: Tensor | None, backend: str | None = None
 ) -> Tensor:
     """Return what ``linear`` returns, through the operator."""
+    x = autocast(x)
     factors = (None, None, None) if adapters is None else (adapters.lora_A, adapters.lora_B, adapters.scaling)
     tensors = weight.values, weight.bitmap, weight.row_offsets, weight.scales, *factors
     facts = weight.n_rows, weight.n_columns, weight.nnz, weight.encoding, weight.pattern, weight.group_size
@@ -75,7 +89,7 @@ def _linear(
     chosen, adapters = backend_for(x.device.type, backend), _adapters(lora_A, lora_B, scaling)
     if chosen.takes is None and weight.values.device == x.device:
         return chosen.linear(rows, weight, adapters, None).view(shape)
-    return chosen.product(weight, adapters, None, x.device, x.dtype)(rows).view(shape)
+    return chosen.product(weight, adapters, None, x.device, x.dtype).run(rows).view(shape)
 
 
 @_linear.register_fake
@@ -101,17 +115,20 @@ def _input_gradient(
     encoding: str,
     pattern: str,
     group_size: int | None,
+    backend: str | None,
 ) -> Tensor:
     """Return gradient (..., N) times W + B A, (..., K): the weight is decoded, used and dropped."""
     facts = n_rows, n_columns, nnz, encoding, pattern
-    weight = _packed(facts, values, bitmap, row_offsets, scales, group_size)
-    wide = gradient.reshape(-1, n_rows).float()
-    result = wide @ reference.dense(weight.to(gradient.device))
+    weight, rows = _packed(facts, values, bitmap, row_offsets, scales, group_size), gradient.reshape(-1, n_rows)
+    shape = (*gradient.shape[:-1], n_columns)
+    if not rows.numel():
+        return gradient.new_zeros(shape)
     adapters = _adapters(lora_A, lora_B, scaling)
-    if adapters is not None:
-        adapters = adapters.to(gradient.device)
-        result += ((wide @ adapters.lora_B.float()) * adapters.scaling) @ adapters.lora_A.float()
-    return result.to(gradient.dtype).view(*gradient.shape[:-1], n_columns)
+    product = backend_for(gradient.device.type, backend).product(
+        weight, adapters, None, gradient.device, gradient.dtype
+    )
+    trainable = product.trainable()
+    return trainable.input_gradient(rows.contiguous(), trainable.decode()).view(shape)
 
 
 @_input_gradient.register_fake
@@ -124,7 +141,7 @@ def _(gradient: Tensor, values: Tensor, *rest: object) -> Tensor:
 def _remember(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     _, *rest = inputs
     ctx.save_for_backward(*rest[:7])  # type: ignore[attr-defined]
-    ctx.facts = rest[7:13]  # type: ignore[attr-defined]
+    ctx.facts = rest[7:14]  # type: ignore[attr-defined]
 
 
 def _backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:

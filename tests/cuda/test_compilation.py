@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from salr.cuda import compilation
-from salr.cuda.fused import ASYNC_TILES, TILES
+from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, TILES
 
 ELF = b"\x7fELF"
 
@@ -26,7 +26,7 @@ def test_a_kernel_compiles_for_its_targets(file, architecture):
 def test_the_fused_kernel_compiles_in_every_shape_that_is_launched_on_hopper(encoding):
     from salr.cuda.device_layout import definitions
 
-    tiles = ASYNC_TILES if encoding.endswith("16") else TILES
+    tiles = (*ASYNC_TILES, SHORT_TILE) if encoding.endswith("16") else TILES
     for tile, half in itertools.product(tiles, (0, 1) if encoding == "bitmap16" else (0,)):
         chosen = (*definitions(encoding, torch.bfloat16), ("HALF", half), *tile.definitions)
         assert compilation.cubin("fused_linear.cu", tuple(dict(chosen).items()), "sm_90a").startswith(ELF)

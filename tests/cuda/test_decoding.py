@@ -139,3 +139,34 @@ def test_float32_activations_are_left_to_the_reference_with_a_warning(packed):
     ids = prompts(1, 6)
     with torch.no_grad():
         assert error(model(ids.cuda()).logits, exact(packed, ids)) < 1e-4
+
+
+def test_torch_compile_takes_products_forward_and_backward(packed):
+    model = salr.load(packed, device="cuda")
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(5, mlp.up_proj.in_features, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for run in (mlp, torch.compile(mlp, fullgraph=True)):
+        wanting = x.clone().requires_grad_()
+        y = run(wanting)
+        y.float().pow(2).sum().backward()
+        found.append((y.detach(), wanting.grad))
+    for eager, compiled in zip(*found, strict=True):
+        assert error(compiled.cpu(), eager.cpu()) < 2e-2
+
+
+def test_a_model_runs_on_another_gpu_than_the_current_one(packed):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ids = prompts(2, 300)
+    models = [salr.load(packed, device=f"cuda:{i}") for i in (0, 1)]
+    for model in models:
+        with torch.no_grad():
+            assert error(model(ids.to(model.device)).logits, exact(packed, ids)) < 3e-2
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    first, second = (model.generate(ids[:1, :8].to(model.device), **options).cpu() for model in models)
+    assert torch.equal(first, second)
+    layer = models[1].model.layers[0].mlp.up_proj
+    x = torch.randn(300, layer.in_features, device="cuda:1", dtype=torch.bfloat16, requires_grad=True)
+    layer(x).float().pow(2).sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.any()

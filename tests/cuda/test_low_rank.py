@@ -1,11 +1,12 @@
-"""Adapters in the tensor cores' order hold what they were made of; no GPU is needed."""
+"""Adapters in the tensor cores' order hold what they were made of."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from salr.cuda.beside import FragmentFactors, MatrixFactors, beside
 from salr.cuda.device_layout import SlabWeight
-from salr.cuda.low_rank import FragmentFactors, MatrixFactors, fragments
+from salr.cuda.low_rank import fragments, scaled_A
 from salr.cuda.stacking import Layer, Ranks, stack_ranks
 
 
@@ -18,45 +19,69 @@ def scaled(adapters):
     return (adapters.lora_A.float() * adapters.scaling[:, None]).bfloat16()
 
 
+def layer(n_rows, n_columns, rank, device="cpu"):
+    empty = torch.empty(0, dtype=torch.uint8, device=device)
+    slabs = SlabWeight(n_rows, n_columns, "bitmap16", torch.bfloat16, empty, empty, 0)
+    adapters = Ranks(*(t.to(device) for t in vars(ranks(n_rows, n_columns, rank)).values())) if rank else None
+    return Layer(slabs, adapters)
+
+
 def written_B(factors, first, last):
     """B as it comes into the last columns of a wider matrix."""
     n = len(factors.scaled_A)
-    wide = torch.full((last - first, 24 + n), torch.nan, dtype=torch.bfloat16)
-    factors.write_B(first, last, wide[:, 24:])
+    wide = torch.full((last - first, 24 + n), torch.nan, dtype=torch.bfloat16, device=factors.scaled_A.device)
+    factors.write_B(first, wide[:, 24:])
     assert wide[:, :24].isnan().all()
     return wide[:, 24:]
 
 
-def layer(n_rows, n_columns, rank):
-    empty = torch.empty(0, dtype=torch.uint8)
-    slabs = SlabWeight(n_rows, n_columns, "bitmap16", torch.bfloat16, empty, empty, 0)
-    return Layer(slabs, ranks(n_rows, n_columns, rank) if rank else None)
-
-
 @pytest.mark.parametrize("rank", [1, 16, 40])
-def test_factors_come_back_from_fragments(rank):
+def test_a_comes_back_from_fragments(rank):
     torch.manual_seed(0)
     adapters = ranks(700, 300, rank)
-    factors = FragmentFactors(fragments(adapters, torch.bfloat16))
-    a = factors.scaled_A
+    a = scaled_A(fragments(adapters, torch.bfloat16))
     assert torch.equal(a[:rank, :300], scaled(adapters))
     assert not a[rank:].any() and not a[:, 300:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_b_comes_back_from_fragments(rank):
+    torch.manual_seed(0)
+    adapters = layer(700, 300, rank, "cuda").adapters
+    factors = FragmentFactors(fragments(adapters, torch.bfloat16))
     for first, last in ((0, 700), (256, 700), (256, 512)):
         b = written_B(factors, first, last)
         assert torch.equal(b[:, :rank], adapters.lora_B[first:last]) and not b[:, rank:].any()
 
 
-def test_each_stacked_layer_gets_its_own_factors_back():
+@pytest.mark.gpu
+def test_a_stacked_layers_rows_use_its_own_ranks():
     torch.manual_seed(0)
-    layers = [layer(512, 256, 20), layer(256, 256, 0), layer(300, 256, 33)]
-    together, groups = stack_ranks(layers)
-    for part, (block, tile, _) in zip(layers, groups, strict=True):
-        factors = FragmentFactors(together, tile, block)
+    layers = [layer(512, 256, 20, "cuda"), layer(256, 256, 0, "cuda"), layer(300, 256, 33, "cuda")]
+    factors = FragmentFactors(stack_ranks(layers))
+    a, b = factors.scaled_A, written_B(factors, 0, 1068)
+    n, first = 48, 0
+    for i, part in enumerate(layers):
+        rows, own = slice(first, first + part.weight.n_rows), slice(i * n, (i + 1) * n)
+        first = rows.stop
         rank = 0 if part.adapters is None else len(part.adapters.lora_A)
-        a, b = factors.scaled_A, written_B(factors, 0, part.weight.n_rows)
-        assert not a[rank:].any() and not b[:, rank:].any()
+        assert not a[own][rank:].any() and not b[rows, own][:, rank:].any()
+        assert not b[rows, : own.start].any() and not b[rows, own.stop :].any()
         if part.adapters is not None:
-            assert torch.equal(a[:rank], scaled(part.adapters)) and torch.equal(b[:, :rank], part.adapters.lora_B)
+            assert torch.equal(a[own][:rank], scaled(part.adapters))
+            assert torch.equal(b[rows, own][:, :rank], part.adapters.lora_B)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 128), (77, 384), (300, 4096)])
+def test_u_stands_beside_x(shape):
+    torch.manual_seed(0)
+    factors = FragmentFactors(fragments(layer(256, shape[1], 24, "cuda").adapters, torch.bfloat16))
+    x = torch.randn(shape, device="cuda").bfloat16()
+    wide = beside(x, factors.scaled_A)
+    assert torch.equal(wide[:, : shape[1]], x)
+    torch.testing.assert_close(wide[:, shape[1] :], x @ factors.scaled_A.T)
 
 
 def test_factors_that_no_kernel_takes_are_kept_as_matrices():

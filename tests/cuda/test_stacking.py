@@ -48,14 +48,13 @@ def test_stacked_slabs_split_into_views_equal_to_the_parts():
 def test_each_row_block_meets_its_own_ranks_and_no_others(given):
     rows = [512, 256, 300]
     layers = [Layer(fake_slabs(n), None if r is None else ranks(r, n), None) for n, r in zip(rows, given, strict=True)]
-    together, groups = stacking.stack_ranks(layers)
-    tiles = stacking.rank_tiles(layers)
+    together, tiles = stacking.stack_ranks(layers), stacking.rank_tiles(layers)
     assert tiles == -(-max(r or 0 for r in given) // 16)
-    assert groups == [(0, 0, tiles), (2, tiles, tiles), (3, 2 * tiles, tiles)]
+    assert together.first_tile.tolist() == [0, 0, tiles, 2 * tiles, 2 * tiles]
     assert together.n_tiles == 3 * tiles and together.scaling.shape == (3 * tiles * 16,)
     a_of_all = together.lora_A.view(4, 3 * tiles, -1)  # slabs, tiles, a tile's 16 x 64
     b_of_all = together.lora_B.view(5, tiles, -1)  # row blocks, tiles
-    for layer, (first_block, first_tile, _) in zip(layers, groups, strict=True):
+    for layer, first_block, first_tile in zip(layers, (0, 2, 3), (0, tiles, 2 * tiles), strict=True):
         padded = stacking.padded_ranks(layer, tiles)
         own = fragments(padded, torch.bfloat16)
         assert torch.equal(a_of_all[:, first_tile : first_tile + tiles], own.lora_A.view(4, tiles, -1))

@@ -1,0 +1,81 @@
+"""Products of 2:4 weights with many rows of x on sparse tensor cores, by cuSPARSELt through torch.
+
+Invariant: adapters cost no extra pass over y. Two ranks of B stand in four columns beside W's, (b0, b1, 0, 0), which is
+2:4 itself, and A's rows stand as their columns do, so that u comes out spread. The compressed copy takes 1.125 bytes a
+weight beside the slabs: it is made only where ``ENVIRONMENT_VARIABLE`` asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from .beside import Factors, beside
+from .device_layout import SlabWeight
+from .expanded import ExpandedProduct
+
+ENVIRONMENT_VARIABLE = "SALR_SPARSE_TENSOR_CORES"
+#: the fewest rows of x for which the compressed copy is multiplied
+LEAST_ROWS = 256
+_ROW_MULTIPLE = 16
+_ANY_ALGORITHM = (0, 1, -1)  # torch's own defaults
+
+
+def many_rows(weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> ExpandedProduct:
+    """Return the product for many rows of x: on sparse tensor cores where they are here, fit and are asked for."""
+    wanted = weight.pattern == "2:4" and os.environ.get(ENVIRONMENT_VARIABLE) == "1"
+    fits = wanted and torch.backends.cusparselt.is_available() and not weight.n_rows % _ROW_MULTIPLE
+    return (SemiStructuredProduct if fits else ExpandedProduct)(weight, factors, bias)
+
+
+class SemiStructuredProduct(ExpandedProduct):
+    """y = x W^T + adapters + bias for a 2:4 weight, which is compressed when it first meets so many rows of x."""
+
+    def __init__(self, weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, factors, bias)
+        self._algorithms: dict[int, tuple[int, int, int]] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product (M, N) of x (M, K padded)."""
+        if x.shape[0] < LEAST_ROWS:
+            return super().__call__(x)
+        missing = -x.shape[0] % _ROW_MULTIPLE
+        rows = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+        if self._spread_A is not None:
+            rows = beside(rows, self._spread_A)
+        algorithm, split_k, mode = self._algorithm(rows)
+        y: torch.Tensor = torch._cslt_sparse_mm(
+            self._compressed, rows.T, self._bias, transpose_result=True, alg_id=algorithm, split_k=split_k,
+            split_k_mode=mode,
+        )  # fmt: skip
+        return y[: x.shape[0]]
+
+    @functools.cached_property
+    def _spread_A(self) -> torch.Tensor | None:
+        """A's rows, scaled, with two rows of zeros after each two (2 R, K padded)."""
+        return None if self.factors is None else _spread(self.factors.scaled_A, 0)
+
+    @functools.cached_property
+    def _compressed(self) -> torch.Tensor:
+        """[W | B, spread] as cuSPARSELt stores it."""
+        dense, columns = self.decode(), self.weight.padded_columns
+        return torch._cslt_compress(torch.cat([dense[:, :columns], _spread(dense[:, columns:].contiguous(), 1)], 1))
+
+    def _algorithm(self, rows: torch.Tensor) -> tuple[int, int, int]:
+        """Return what is fastest for about so many rows; while a graph is captured nothing is tried out."""
+        size = rows.shape[0].bit_length()
+        if size not in self._algorithms:
+            if torch.cuda.is_current_stream_capturing():
+                return _ANY_ALGORITHM
+            search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+            algorithm, split_k, mode, *_ = search(self._compressed, rows.T, self._bias, None, None, True)
+            self._algorithms[size] = algorithm, split_k, mode
+        return self._algorithms[size]
+
+
+def _spread(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return a matrix with two slices of zeros after each two along a dimension, of even length."""
+    pairs = matrix.view(*matrix.shape[:dim], -1, 2, *matrix.shape[dim + 1 :])
+    return torch.cat([pairs, torch.zeros_like(pairs)], dim + 1).flatten(dim, dim + 1)
