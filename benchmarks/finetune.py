@@ -21,12 +21,13 @@ import re
 import sys
 import time
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from finetuning.cost import SHAPES
+from finetuning.cost import SHAPES, name_of
 from finetuning.cost import run as run_cost
 from finetuning.report import print_report
 from finetuning.schedule import Results
@@ -42,12 +43,21 @@ def quality(args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol)})
     results = Results(args.out, protocol)
+    environment = {"kind": "environment", "device": name_of(args.device), "jobs": args.jobs, **versions()}
+    if environment not in results.rows:
+        results.add([environment])
     variants = [variant for variant in VARIANTS if re.search(args.only, variant.name)]
     place = Place(args.model, args.data, work, args.device, protocol)
     crew = Crew(place, results, variants, args.jobs, started + args.time_limit)
     done = crew.work()
     print(f"{'all runs are made' if done else 'runs are left'}, {time.monotonic() - started:.0f} s", flush=True)
     print_report(results)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that figures depend on."""
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {**found, "python": sys.version.split()[0]}
 
 
 def parsed() -> argparse.Namespace:

@@ -36,7 +36,7 @@ HEAD = (
     "side",
     "tokens a step",
     "trained",
-    "weights GB",
+    "between steps GB",
     "peak GB",
     "x dense",
     "step ms",
@@ -71,14 +71,12 @@ def measure(side: str, sizes: Sizes, tokens: list[int], steps: int, device_name:
     model = prepared(*SIDES[side], sizes, device)
     synchronize(device)
     build_s = time.perf_counter() - start
-    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0.0, fused=device.type == "cuda")
     rows = []
     for count in tokens:
         facts: dict[str, Any] = {"side": side, "tokens": count, "trained": sum(p.numel() for p in trained),
-                                 "dtype": str(trained[0].dtype), "resident_bytes": resident,
-                                 "build_s": round(build_s, 1)}  # fmt: skip
+                                 "dtype": str(trained[0].dtype), "build_s": round(build_s, 1)}  # fmt: skip
         try:
             facts |= timed_steps(model, optimizer, sizes, count, steps, device)
         except torch.OutOfMemoryError:
@@ -94,7 +92,8 @@ def timed_steps(
     """Return the peak of 3 steps and the times of those that follow."""
     ids = torch.randint(sizes.words, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=device)
     reset_peak(device)
-    losses, times, highest = [], [], None
+    losses, times = [], []
+    highest = resident = None
     for number in range(WARM_UP + steps):
         synchronize(device)
         start = time.perf_counter()
@@ -107,9 +106,11 @@ def timed_steps(
         losses.append(float(loss.detach()))
         if number == WARM_UP - 1:
             highest = peak(device)
+            resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     kept = times[WARM_UP:]
     return {
-        "peak_bytes": highest, "step_ms": statistics.median(kept), "fastest_ms": min(kept), "slowest_ms": max(kept),
+        "peak_bytes": highest, "resident_bytes": resident,
+        "step_ms": statistics.median(kept), "fastest_ms": min(kept), "slowest_ms": max(kept),
         "first_loss": losses[0], "last_loss": losses[-1],
     }  # fmt: skip
 

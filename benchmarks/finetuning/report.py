@@ -48,7 +48,10 @@ RUN_HEAD = (
 def print_report(results: Results) -> None:
     """Print both tables."""
     protocol = {name: value for name, value in results.of("protocol")[0].items() if name != "kind"}
-    print(f"\nprotocol: {protocol}\n")
+    print(f"\nprotocol: {protocol}; steps: {sorted({row['steps'] for row in results.of('run')})}")
+    for row in results.of("environment"):
+        print(", ".join(f"{name} {value}" for name, value in row.items() if name != "kind"))
+    print()
     before = {row["base"]: row for row in results.of("before")}
     chosen = {variant: at_best(variant, results) for variant in VARIANTS}
     reference = chosen[VARIANTS[0]]
