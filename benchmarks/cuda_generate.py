@@ -13,7 +13,6 @@ a step has to read (weights, adapters, output layer, keys and values) at the ban
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from random_model import RANK, Sizes, peak, random_packed, random_residual, random_weight, reset_peak, synchronize
 
 import salr
 from salr.runtime import backends, reference
@@ -34,32 +34,9 @@ from salr.runtime.decoder import Decoder, DecoderLayer, StaticCache, read_prompt
 from salr.runtime.graph_decoding import Session
 from salr.runtime.llama import operations_for
 from salr.runtime.packed import Adapters, PackedWeight
-from salr.runtime.packing import pack
 
-RANK, EPSILON, THETA = 64, 1e-5, 500000.0
+EPSILON, THETA = 1e-5, 500000.0
 Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A model's shape; the defaults are Llama-3-8B's."""
-
-    hidden: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 8
-    head_columns: int = 128
-    intermediate: int = 14336
-    words: int = 128256
-
-    @property
-    def qkv(self) -> list[int]:
-        """Rows of q, k and v."""
-        return [self.heads * self.head_columns, *[self.kv_heads * self.head_columns] * 2]
-
-    def cache_bytes(self, batch: int, context: int) -> int:
-        """Bytes of keys and values that one step reads."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_columns * batch * context
 
 
 @dataclass(frozen=True)
@@ -86,11 +63,6 @@ class Side:
     build_seconds: float
 
 
-def random_weight(n_rows: int, n_columns: int, device: torch.device) -> torch.Tensor:
-    """Return a dense bf16 matrix whose outputs keep the size of its inputs."""
-    return torch.randn(n_rows, n_columns, device=device, dtype=torch.bfloat16) * n_columns**-0.5
-
-
 def dense_product(rows: list[int], n_columns: int, device: torch.device) -> tuple[Product, int]:
     """Return the merged product of dense layers and its bytes."""
     weight = random_weight(sum(rows), n_columns, device)
@@ -101,10 +73,8 @@ def packed_product(rows: list[int], n_columns: int, device: torch.device, values
     """Return the stacked product of packed layers with adapters and its bytes on the device."""
     weights, adapters = [], []
     for n in rows:
-        dense = random_weight(n, n_columns, device)
-        weights.append(pack(dense, torch.rand(n, n_columns, device=device) < 0.5, values))
-        lora_a = random_weight(RANK, n_columns, device)
-        adapters.append(Adapters(lora_a, random_weight(n, RANK, device) * 0.1, torch.ones(RANK, device=device)))
+        weights.append(random_packed(n, n_columns, device, values))
+        adapters.append(random_residual(n, n_columns, device))
     backend = backends.backend_for(device.type)
     if backend.stack is None:  # a machine without a GPU tries the script out
         each = [backend.product(w, a, None, device, torch.bfloat16).run for w, a in zip(weights, adapters, strict=True)]
@@ -235,25 +205,6 @@ def bandwidth(device: torch.device) -> float:
     n_bytes = 2**31 if device.type == "cuda" else 2**26
     source, target = (torch.zeros(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     return max(2e3 * n_bytes / timed(lambda: target.copy_(source), device) for _ in range(10))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Free what nobody uses, and begin to watch memory anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device: torch.device) -> int | None:
-    """Return the most memory that torch had allocated."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def measure(name: str, sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def compare_with_source(
 ) -> Iterator[Finding]:
     """Yield ledger, modules, kept tensors and assets, each with what differs from the source, or None.
 
-    Adapters that were merged inside the file are left out: no source holds them.
+    Adapters that were merged or trained inside the file are left out: no source holds them.
 
     Args:
         source, adapters, base: as they were given to ``convert``; adapters added later count too.
@@ -67,7 +67,7 @@ def compare_with_source(
     for asset in plan.assets():
         same = asset.name in file.assets and file.asset(asset.name) == asset.read()
         yield asset.name, None if same else _mismatch(file, asset.name, "differs from the source's file")
-    known = {spec.name for spec in plan.specs()} | _merged_tensors(file) | {MANIFEST_NAME}
+    known = {spec.name for spec in plan.specs()} | _tensors_made_here(file) | {MANIFEST_NAME}
     for name in sorted(set(file.tensors) - known):
         yield name, _mismatch(file, name, "the source has nothing of this name")
 
@@ -94,15 +94,15 @@ def _recorded_options(file: SalrFile, adapters: tuple[tuple[str, Path], ...], ba
 
 def _require_adapters(file: SalrFile, plan: Plan) -> None:
     every = [adapter for entry in file.modules.values() for adapter in entry.adapters]
-    held = {adapter.name for adapter in every if adapter.name != RESIDUAL and not records.is_merged(adapter)}
+    held = {adapter.name for adapter in every if adapter.name != RESIDUAL and not records.is_made_here(adapter)}
     for name in sorted(held - {adapter.name for adapter in plan.adapters}):
         raise OptionError(f"the file holds adapter '{name}'", path=file.path, fix=f"give --adapter {name}=DIR")
 
 
-def _merged_tensors(file: SalrFile) -> set[str]:
-    """Return the factors of adapters that were merged inside the file."""
-    merged = [(m, a.name) for m, entry in file.modules.items() for a in entry.adapters if records.is_merged(a)]
-    return {spell(m, name) for m, name in merged for spell in (naming.lora_a_name, naming.lora_b_name)}
+def _tensors_made_here(file: SalrFile) -> set[str]:
+    """Return the factors of adapters that were merged or trained inside the file."""
+    made = [(m, a.name) for m, entry in file.modules.items() for a in entry.adapters if records.is_made_here(a)]
+    return {spell(m, name) for m, name in made for spell in (naming.lora_a_name, naming.lora_b_name)}
 
 
 def _mismatch(file: SalrFile, name: str, found: str) -> MismatchError:
@@ -134,7 +134,10 @@ def _as_made(entry: ModuleEntry, planned: PlannedModule) -> ModuleEntry:
 def _expected_entry(planned: PlannedModule, entry: ModuleEntry, options: ConvertOptions) -> ModuleEntry:
     """Return the entry that the recorded options give; an output error tells that the module had statistics."""
     method = used_method(options.chosen_method, entry.error.output is not None)
-    return replace(planned.entry, values_from=values_from(planned, method))
+    made_from = values_from(planned, method)
+    if records.residual_is_trained(entry) and made_from != "source":
+        made_from = "refit"
+    return replace(planned.entry, values_from=made_from)
 
 
 def _compare_trained(file: SalrFile, planned: PlannedModule) -> MismatchError | None:
@@ -191,7 +194,10 @@ def _compare_errors(
     masked = squared_norm(weight.masked_fill(torch.from_numpy(mask), 0)) / (energy or 1.0)
     remaining = squared_norm(weight - torch.from_numpy(file.dense(name))) / (energy or 1.0)
     bound = error_bound(planned, masked)
-    for key, found in (("energy", energy), ("mask", masked), ("residual", remaining), ("bound", bound)):
+    measured = {"energy": energy, "mask": masked, "residual": remaining, "bound": bound}
+    if records.residual_is_trained(file.modules[name]):
+        del measured["residual"]  # what it says was so before training
+    for key, found in measured.items():
         claimed = getattr(stored, key)
         if abs(found - claimed) > _RELATIVE * abs(claimed) + _SMALLEST_SHARE:
             return _mismatch(file, name, f"its {key} error is {found:.6g}, the manifest says {claimed:.6g}")

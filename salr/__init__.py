@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from .runtime.adapters import set_adapters as set_adapters
     from .runtime.loading import load as load
     from .runtime.loading import load_tokenizer as load_tokenizer
+    from .training.parameter_groups import param_groups as param_groups
+    from .training.preparing import prepare_for_training as prepare_for_training
+    from .training.saving import SaveReport as SaveReport
+    from .training.saving import save as save
 
 #: public name -> the module that holds it; loaded at first use, so that `import salr` stays light
 _PUBLIC = {
@@ -65,6 +69,10 @@ _PUBLIC = {
     "scale_adapter": ".converter.adapters.editing",
     "load": ".runtime.loading",
     "load_tokenizer": ".runtime.loading",
+    "SaveReport": ".training.saving",
+    "param_groups": ".training.parameter_groups",
+    "prepare_for_training": ".training.preparing",
+    "save": ".training.saving",
     "set_adapters": ".runtime.adapters",
     "unpack": ".converter.export.unpack",
 }
@@ -79,6 +87,7 @@ __all__ = [
     "SalrConfig",
     "SalrError",
     "SalrFile",
+    "SaveReport",
     "add_adapter",
     "convert",
     "evaluate",
@@ -89,7 +98,10 @@ __all__ = [
     "load_tokenizer",
     "merge_adapters",
     "open",
+    "param_groups",
+    "prepare_for_training",
     "remove_adapter",
+    "save",
     "scale_adapter",
     "set_adapters",
     "unpack",

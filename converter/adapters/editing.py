@@ -227,10 +227,12 @@ def _kept_line(line: LedgerLine, loose: Collection[ModuleEntry]) -> LedgerLine:
 def _manifest_without(manifest: Manifest, name: str, modules: dict[str, ModuleEntry]) -> Manifest:
     """Return the manifest of a conversion that was not given this adapter, or no rank for the residual."""
     if name == RESIDUAL:
-        return replace(manifest, modules=modules, options=_options_without_rank(manifest.options))
+        source = records.with_settings(manifest.source, {}, modules)
+        return replace(manifest, modules=modules, options=_options_without_rank(manifest.options), source=source)
     gone = [line for line in manifest.ledger if records.owns(line, name)]
     ledger = tuple(line for line in manifest.ledger if not records.owns(line, name))
-    return replace(manifest, modules=modules, ledger=ledger, source=records.without_files(manifest, gone))
+    source = records.with_settings(records.without_files(manifest, gone), {}, modules)
+    return replace(manifest, modules=modules, ledger=ledger, source=source)
 
 
 def _options_without_rank(options: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def _new_scaling(
 
 def _with_scaling(file: SalrFile, module: str, entry: ModuleEntry, name: str, scaling: float) -> ModuleEntry:
     adapters = tuple(records.rescaled(a, scaling) if a.name == name else a for a in entry.adapters)
-    if name != RESIDUAL:
+    if name != RESIDUAL or records.residual_is_trained(entry):  # a trained one's errors are those before training
         return replace(entry, adapters=adapters)
     return replace(entry, adapters=adapters, error=_rescaled_error(file, module, entry, scaling))
 

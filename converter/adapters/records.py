@@ -6,13 +6,17 @@ merged cannot be undone, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...formats.manifest import AdapterEntry, LedgerLine, Manifest
+from ...formats.manifest import RESIDUAL, AdapterEntry, LedgerLine, Manifest, ModuleEntry
+from ...formats.version import VERSION
 
 TRAINED_ORIGIN = "PEFT LoRA"
+#: key of the manifest's ``source``: adapter -> settings it was trained with on the packed base
+TRAINED = "trained"
+_TRAINED_HERE = "trained by salr "
 _MERGED = "merged from "
 _MERGED_INTO = "factor merged into adapter "
 _UNPRUNED = "an adapter targets it ("
@@ -65,6 +69,37 @@ def is_merged(adapter: AdapterEntry) -> bool:
     return adapter.origin.startswith(_MERGED)
 
 
+def trained_origin(before: AdapterEntry | None) -> str:
+    """Return the origin of an adapter trained on the packed base; ``before``: what it was until then."""
+    told = f"{_TRAINED_HERE}{VERSION}"
+    return told if before is None or is_trained(before) else f"{before.origin}, {told}"
+
+
+def is_trained(adapter: AdapterEntry) -> bool:
+    """Tell whether an adapter was trained on the packed base, so that no directory holds it."""
+    return _TRAINED_HERE in adapter.origin
+
+
+def is_made_here(adapter: AdapterEntry) -> bool:
+    """Tell whether an adapter was merged or trained inside the file."""
+    return is_merged(adapter) or is_trained(adapter)
+
+
+def residual_is_trained(entry: ModuleEntry) -> bool:
+    """Tell whether a module's residual was trained, so that its errors are those before."""
+    return any(adapter.name == RESIDUAL and is_trained(adapter) for adapter in entry.adapters)
+
+
+def with_settings(source: dict[str, Any], settings: Mapping[str, Any], modules: Mapping[str, ModuleEntry]) -> Any:
+    """Return the manifest's source with more training settings, and without those of adapters that are gone."""
+    held = {adapter.name for entry in modules.values() for adapter in entry.adapters}
+    known = source.get(TRAINED)
+    every = {**(known if isinstance(known, dict) else {}), **settings}
+    kept = {name: value for name, value in every.items() if name in held}
+    rest = {key: value for key, value in source.items() if key != TRAINED}
+    return {**rest, TRAINED: kept} if kept else rest
+
+
 def rescaled(adapter: AdapterEntry, scaling: float) -> AdapterEntry:
     """Return the entry with another scaling; its origin keeps the first one, its alpha stays as it was trained."""
     origin, was_rescaled, first = adapter.origin.partition(_RESCALED)
@@ -74,9 +109,13 @@ def rescaled(adapter: AdapterEntry, scaling: float) -> AdapterEntry:
 
 
 def as_made(adapters: Sequence[AdapterEntry], planned: Sequence[AdapterEntry]) -> tuple[AdapterEntry, ...]:
-    """Return a module's adapters as a conversion that ``planned`` them made them: merged ones out, scalings back."""
+    """Return a module's adapters as a conversion that ``planned`` them made them.
+
+    Merged ones and those trained here go, a trained residual is the planned one again, scalings are set back.
+    """
     own = {adapter.name: adapter for adapter in planned}
-    kept = [adapter for adapter in adapters if not is_merged(adapter)]
+    kept = [own[a.name] if a.name in own and a.name == RESIDUAL and is_trained(a) else a for a in adapters]
+    kept = [adapter for adapter in kept if not is_made_here(adapter)]
     return tuple(own[a.name] if a.name in own and rescaled(own[a.name], a.scaling) == a else a for a in kept)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import adapters, bench, console, convert, doctor, eval, export, generate, inspect, join, unpack, verify
+from . import adapters, bench, console, convert, doctor, eval, export, finetune, generate, inspect, join, unpack, verify
 
 app = typer.Typer(
     name="salr",
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert", rich_help_panel="Make")(console.guarded(convert.convert))
+app.command("finetune", rich_help_panel="Make")(console.guarded(finetune.finetune))
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Make")
 app.command("inspect", rich_help_panel="Look")(console.guarded(inspect.inspect))
 app.command("verify", rich_help_panel="Look")(console.guarded(verify.verify))

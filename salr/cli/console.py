@@ -59,7 +59,7 @@ def guarded(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
             fail(str(error))
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            fail("interrupted; nothing stands under the output's name, and a conversion goes on with the same command")
+            fail("interrupted; nothing stands under the output's name; to convert or train on, give the same command")
             raise typer.Exit(130) from error
 
     return run

@@ -41,15 +41,17 @@ def verify(
     if not problems and not as_json:
         compared = f"; {n_compared} parts equal the source" if against is not None else ""
         console.say(f"{path}: header, manifest and {n_checked} checks are sound{compared}", quiet=quiet)
-        for name in _merged(file) if against is not None else []:
-            console.say(f"not compared: adapter '{name}', which was merged inside the file", quiet=quiet)
+        for name, how in _made_here(file).items() if against is not None else ():
+            console.say(f"not compared: adapter '{name}', which was {how} inside the file", quiet=quiet)
     return _report(problems, n_checked, n_compared, as_json)
 
 
-def _merged(file: SalrFile) -> list[str]:
-    from ..converter.adapters.records import is_merged
+def _made_here(file: SalrFile) -> dict[str, str]:
+    """Return the adapters that no source holds, and how they were made."""
+    from ..converter.adapters.records import is_made_here, is_merged
 
-    return sorted({a.name for entry in file.modules.values() for a in entry.adapters if is_merged(a)})
+    every = [adapter for entry in file.modules.values() for adapter in entry.adapters if is_made_here(adapter)]
+    return {a.name: "merged" if is_merged(a) else "trained" for a in sorted(every, key=lambda a: a.name)}
 
 
 def _report(problems: list[SalrError], n_checked: int, n_compared: int, as_json: bool) -> None:

@@ -2,13 +2,15 @@
 
 Importing this module registers it.
 
-Invariant: the packed base is never changed; what would need its dense weight (merging, DoRA, PiSSA ...) is refused.
+Invariant: the packed base is never changed; what would need its dense weight (merging, DoRA, PiSSA ...) is refused. A
+residual that left the packed product to be trained still belongs to the weight: it acts whichever adapters are active,
+and where all of them are disabled.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import tuners_utils
@@ -17,6 +19,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..formats.errors import AdapterError
+from ..formats.manifest import RESIDUAL
 from ..runtime.experts import packed_modules
 from ..runtime.linear import SalrLinear
 
@@ -25,7 +28,9 @@ _FIX = "train plain LoRA, or unpack the file and use the dense model"
 
 
 class SalrLoraLinear(Linear):  # type: ignore[misc]
-    """A LoRA layer over a ``SalrLinear``.
+    """A LoRA layer over a ``SalrLinear``: all adapters of a layer are two products, concatenated along the rank.
+
+    They are computed in x's dtype, as peft's own layers do under autocast, and not in the dtype of the factors.
 
     Raises:
         AdapterError: the config asks for what needs the dense weight.
@@ -39,12 +44,55 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
         """Return K and N, without peft's warning about an unknown layer."""
         return module.in_features, module.out_features
 
+    @property
+    def _own_residual(self) -> list[str]:
+        """The residual's name where it left the packed product for this layer, else nothing."""
+        return [RESIDUAL] if RESIDUAL in self.get_base_layer().taken and RESIDUAL in self.lora_A else []
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and the layer's own residual with them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names += [name for name in self._own_residual if name not in names]
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Return the packed product and the active adapters' (..., N) for x (..., K)."""
+        names = self._own_residual if self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
+        if options or any(name in self.lora_variant or self.lora_bias[name] for name in names):
+            return cast(torch.Tensor, super().forward(x, *args, **options))
+        y: torch.Tensor = self.base_layer(x, *args)
+        dropped = [n for n in names if self.training and not isinstance(self.lora_dropout[n], torch.nn.Identity)]
+        plain = [name for name in names if name not in dropped]
+        y = self._add(y, x, plain) if plain else y
+        for name in dropped:
+            y = self._add(y, self.lora_dropout[name](x), [name])
+        return y
+
+    def _add(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Return y (..., N) + B (A x) of some adapters in y's dtype."""
+        lora_a = torch.cat([self.lora_A[name].weight for name in names]).to(x.dtype)
+        lora_b = torch.cat([_times(self.lora_B[name].weight, self.scaling[name]) for name in names], 1).to(x.dtype)
+        inner = torch.nn.functional.linear(x, lora_a)
+        if torch.is_autocast_enabled(x.device.type) or y.dtype != x.dtype:
+            return y + torch.nn.functional.linear(inner, lora_b).to(y.dtype)
+        rows = y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1])
+        return torch.addmm(*rows, lora_b.mT).view(y.shape)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Do as peft does with an adapter for each sample; the layer's own residual acts on all of them."""
+        y: torch.Tensor = super()._mixed_batch_forward(x, *args, **options)
+        return self._add(y, x, self._own_residual) if self._own_residual else y
+
     def merge(self, *args: Any, **options: Any) -> None:
         """Refuse: a merged weight would be dense."""
         raise AdapterError(
             "an adapter cannot be merged into packed weights",
             fix="save it, and convert again with --adapter, or run it unmerged",
         )
+
+
+def _times(factor: torch.Tensor, scaling: float) -> torch.Tensor:
+    return factor if scaling == 1 else factor * scaling
 
 
 def check_config(config: Any) -> None:

@@ -9,11 +9,12 @@ stay in host memory, mapped from the file, where the backend of the module's dev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
-from ..formats.manifest import RESIDUAL, ModuleEntry
+from ..formats.manifest import RESIDUAL, AdapterEntry, ModuleEntry
 from . import backends
 from .errors import LoadError
 from .layout import TORCH_DTYPES, ModuleLayout, buffer_name
@@ -25,6 +26,14 @@ _PLAIN = ("values", "bitmap", "row_offsets", "scales")
 
 class Factors(torch.nn.Module):
     """One factor of each adapter, a buffer under the adapter's name."""
+
+
+class TakenAdapter(NamedTuple):
+    """An adapter that left a packed module: its entry, lora_A ([E,] r, K) and lora_B ([E,] N, r) in a float dtype."""
+
+    entry: AdapterEntry
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
 
 
 class PackedModule(torch.nn.Module):
@@ -51,6 +60,8 @@ class PackedModule(torch.nn.Module):
         #: what x is expected in; only ``weight`` tells it
         self.compute_dtype = TORCH_DTYPES[layout.entry.dtype]
         self._active = {adapter.name: 1.0 for adapter in layout.entry.adapters}
+        #: adapters of the file that are no part of the product any more, by name (see ``take_out``)
+        self.taken: dict[str, AdapterEntry] = {}
         self._derived: tuple[torch.Tensor | None, list[Matrix]] | None = None
         #: where x is expected while the buffers stay in host memory; None where they follow the module
         self._placed: torch.device | None = None
@@ -110,6 +121,34 @@ class PackedModule(torch.nn.Module):
         for name in self.adapter_names:
             self._active[name] = float(scales.get(name, 0.0))
         self._derived = None
+
+    def take_out(self, name: str) -> TakenAdapter | None:
+        """Take an adapter out of the product for good and return it, on the device where x is; None without it.
+
+        int8 factors become float32, with each rank's scale split evenly between both.
+
+        Raises:
+            LoadError: the module is offloaded.
+        """
+        entry = next((adapter for adapter in self.entry.adapters if adapter.name == name), None)
+        if entry is None:
+            return None
+        lora_a, lora_b = self._factor("factor_A", name), self._factor("factor_B", name)
+        if lora_a.is_meta:
+            raise LoadError("an offloaded layer cannot be trained", tensor=name, fix="load the model on one device")
+        if self._is_int8(name):
+            scale = self._factor("rank_scales", name)
+            root = scale.abs().sqrt()
+            lora_a, lora_b = lora_a * root[:, None], lora_b * (root * scale.sign())
+        for kind in ("factor_A", "factor_B", "rank_scales"):
+            owner = self._modules.get(kind)
+            if owner is not None:
+                owner._buffers.pop(name, None)
+        self.entry = replace(self.entry, adapters=tuple(a for a in self.entry.adapters if a.name != name))
+        del self._active[name]
+        self.taken[name], self._derived = entry, None
+        device = self.compute_device
+        return TakenAdapter(entry, lora_a.to(device), lora_b.to(device))
 
     def matrices(self) -> list[Matrix]:
         """Return the module's matrices, one an expert, derived anew where the buffers were replaced."""

@@ -1,0 +1,1 @@
+"""Fine-tuning on a packed base, measured: what `benchmarks/finetune.py` runs."""

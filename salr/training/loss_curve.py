@@ -1,0 +1,35 @@
+"""The loss of each step, as an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+_SMOOTHING = 0.1
+
+
+def draw_loss_curve(path: Path, losses: Sequence[tuple[int, float]], title: str) -> bool:
+    """Write a PNG of (step, loss), with an exponential mean; return False where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    steps, values = [step for step, _ in losses], [loss for _, loss in losses]
+    smooth = [values[0]]
+    for value in values[1:]:
+        smooth.append((1 - _SMOOTHING) * smooth[-1] + _SMOOTHING * value)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    try:
+        axes.plot(steps, values, color="#9db4c0", linewidth=1, label="each step")
+        axes.plot(steps, smooth, color="#253237", linewidth=2, label="smoothed")
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path)
+    finally:
+        pyplot.close(figure)
+    return True
