@@ -6,11 +6,12 @@ on all linear layers, and AdamW; they differ in the base, and in whether the res
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .report import table
 
 SHAPES = {"llama-3-8b": Sizes(), "small": Sizes(256, 2, 4, 2, 64, 512, 1000)}
 LENGTH = 1024
+_turn: Any = contextlib.nullcontext()
 WARM_UP = 3
 #: side -> (kind of base, whether its residual trains)
 SIDES = {
@@ -73,10 +75,21 @@ def measure(side: str, sizes: Sizes, tokens: list[int], steps: int, device_name:
     build_s = time.perf_counter() - start
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0.0, fused=device.type == "cuda")
-    rows = []
+    with _turn:
+        rows = measured_steps(side, model, optimizer, sizes, tokens, steps, device)
+        del model, optimizer, trained
+        reset_peak(device)
+    return [{**row, "build_s": round(build_s, 1)} for row in rows]
+
+
+def measured_steps(
+    side: str, model: Any, optimizer: Any, sizes: Sizes, tokens: list[int], steps: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return a row for each number of tokens a step."""
+    trained, rows = optimizer.param_groups[0]["params"], []
     for count in tokens:
         facts: dict[str, Any] = {"side": side, "tokens": count, "trained": sum(p.numel() for p in trained),
-                                 "dtype": str(trained[0].dtype), "build_s": round(build_s, 1)}  # fmt: skip
+                                 "dtype": str(trained[0].dtype)}  # fmt: skip
         try:
             facts |= timed_steps(model, optimizer, sizes, count, steps, device)
         except torch.OutOfMemoryError:
@@ -122,20 +135,28 @@ def run(shape: str, layers: int | None, tokens: list[int], steps: int, device: s
         sizes = Sizes(**{**sizes.__dict__, "layers": layers})
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.is_file() else []
     environment = {"shape": shape, "layers": sizes.layers, "device": name_of(device), "torch": torch.__version__}
+    missing = {}
     for side in SIDES:
         known = {row["tokens"] for row in rows if row["side"] == side and row["shape"] == shape}
-        missing = [count for count in tokens if count not in known]
-        if not missing:
-            continue
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(measure, side, sizes, missing, steps, device).result()
-        for row in found:
-            rows.append({**environment, **row})
-            print(json.dumps(rows[-1]), flush=True)
+        missing[side] = [count for count in tokens if count not in known]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(SIDES), spawn, take_turns, (spawn.Lock(),)) as pool:
+        running = [pool.submit(measure, side, sizes, left, steps, device) for side, left in missing.items() if left]
+        for future in as_completed(running):
+            new = [{**environment, **row} for row in future.result()]
+            rows += new
+            lines = "".join(json.dumps(row) + "\n" for row in new)
+            print(lines, end="", flush=True)
             if out:
                 with out.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                    file.write(lines)
     print_cost(rows)
+
+
+def take_turns(lock: Any) -> None:
+    """Let this process know who may take steps: models are built side by side, steps are timed one side at a time."""
+    global _turn
+    _turn = lock
 
 
 def name_of(device: str) -> str:
