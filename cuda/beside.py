@@ -14,7 +14,7 @@ import torch
 from .compilation import function
 from .device_layout import BLOCK_ROWS, definitions
 from .launching import Launch, stream_of
-from .low_rank import Fragments, LowRank, scaled_A
+from .low_rank import RANKS_OF_TILE, Fragments, LowRank, scaled_A
 
 
 class Factors(Protocol):
@@ -22,8 +22,8 @@ class Factors(Protocol):
 
     scaled_A: torch.Tensor
 
-    def write_B(self, first: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B from ``first``, a multiple of 256, to ``out`` (rows, rank), a part of wider rows."""
+    def write_B(self, first: int, wide: torch.Tensor) -> None:
+        """Write rows of lora_B from ``first``, a multiple of 256, to the last columns of ``wide`` (rows, columns)."""
         ...
 
 
@@ -37,9 +37,10 @@ class MatrixFactors:
         self.scaled_A = pad(scaled, (0, n_columns - scaled.shape[1], 0, missing)).contiguous()
         self._b = pad(adapters.lora_B.to(dtype), (0, missing))
 
-    def write_B(self, first: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B to ``out``."""
-        out.copy_(self._b[first : first + len(out)])
+    def write_B(self, first: int, wide: torch.Tensor) -> None:
+        """Write rows of lora_B to the last columns of ``wide``."""
+        rows = self._b[first : first + len(wide)]
+        wide[:, -rows.shape[1] :].copy_(rows)
 
 
 class FragmentFactors:
@@ -49,11 +50,12 @@ class FragmentFactors:
         self.scaled_A, self._fragments = scaled_A(fragments), fragments
         self._out, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))
 
-    def write_B(self, first: int, out: torch.Tensor) -> None:
-        """Write rows of lora_B to ``out``."""
-        self._out.value, self._first.value = out.data_ptr(), first // BLOCK_ROWS
-        self._rows.value, self._pitch.value = out.shape[0], out.stride(0)
-        self._launch.over(-(-out.shape[0] // BLOCK_ROWS), self._fragments.n_tiles)(stream_of(out))
+    def write_B(self, first: int, wide: torch.Tensor) -> None:
+        """Write rows of lora_B to the last columns of ``wide``."""
+        (rows, columns), tiles = wide.shape, self._fragments.n_tiles
+        self._out.value = wide.data_ptr() + (columns - RANKS_OF_TILE * tiles) * wide.element_size()
+        self._first.value, self._rows.value, self._pitch.value = first // BLOCK_ROWS, rows, columns
+        self._launch.over(-(-rows // BLOCK_ROWS), tiles)(stream_of(wide))
 
     @functools.cached_property
     def _launch(self) -> Launch:

@@ -36,19 +36,43 @@ class ExpandedProduct:
         self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
         #: whether x is copied beside u: it is not where y is smaller than x
         self._copies_x = factors is not None and weight.n_rows >= weight.padded_columns
+        self._whole: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K padded), a part of the weight at a time."""
-        sides, n_rows = self._sides(x), self.weight.n_rows
-        out = x.new_empty(x.shape[0], n_rows)
-        rows = _rows_of_part(self._n_columns, self.weight.n_row_blocks)
+        n_rows, rows = self.weight.n_rows, _rows_of_part(self._n_columns, self.weight.n_row_blocks)
         buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
+        if rows >= n_rows:
+            return self._multiply(self._sides(x), self._whole_in(buffer), self._bias)
+        sides, out = self._sides(x), x.new_empty(x.shape[0], n_rows)
         for start in range(0, n_rows, rows):
-            stop = min(start + rows, n_rows)
-            dense = buffer[: (stop - start) * self._n_columns].view(stop - start, -1)
-            self._expand(dense, start)
-            self._multiply(sides, dense, start, out[:, start:stop])
+            part = slice(start, min(start + rows, n_rows))
+            dense = self._expand(_matrix_in(buffer, part.stop - start, self._n_columns), start)
+            bias = None if self._bias is None else self._bias[part]
+            self._multiply(sides, self._factors_of(dense), bias, out[:, part])
         return out
+
+    @functools.cached_property
+    def decoded_like(self) -> torch.Tensor:
+        """One zero in the shape of [W | B] (N, K padded + R)."""
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.slabs.device)
+        return zero.expand(self.weight.n_rows, self._n_columns)
+
+    def decode(self) -> torch.Tensor:
+        """Return [W | B] (N, K padded + R)."""
+        return self._expand(self.decoded_like.new_empty(self.weight.n_rows, self._n_columns), 0)
+
+    def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
+        """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
+        x = self.weight.padded(x)
+        return self(x) if decoded is None else self._multiply(self._sides(x), self._factors_of(decoded), self._bias)
+
+    def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x (M, K) for that of y (M, N)."""
+        wide, columns, n_columns = gradient @ decoded, self.weight.padded_columns, self.weight.n_columns
+        if self.factors is not None:
+            wide = torch.addmm(wide[:, :columns], wide[:, columns:], self.factors.scaled_A)
+        return wide if wide.shape[1] == n_columns else wide[:, :n_columns]
 
     @functools.cached_property
     def _expansion(self) -> Expansion:
@@ -59,60 +83,48 @@ class ExpandedProduct:
         assert self.factors is not None
         return Beside(self.factors.scaled_A)
 
-    @functools.cached_property
-    def decoded_like(self) -> torch.Tensor:
-        """One zero in the shape of [W | B] (N, K padded + R)."""
-        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.slabs.device)
-        return zero.expand(self.weight.n_rows, self._n_columns)
+    def _whole_in(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Expand the whole weight into a workspace and return what x is multiplied by; views are made once."""
+        if self._whole is None or self._whole[0] is not buffer:
+            dense = _matrix_in(buffer, self.weight.n_rows, self._n_columns)
+            self._whole = buffer, dense, self._factors_of(dense)
+        self._expand(self._whole[1], 0)
+        return self._whole[2]
 
-    def decode(self) -> torch.Tensor:
-        """Return [W | B] (N, K padded + R)."""
-        dense = self.decoded_like.new_empty(self.decoded_like.shape)
-        self._expand(dense, 0)
-        return dense
-
-    def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
-        """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
-        x = self.weight.padded(x)
-        if decoded is None:
-            return self(x)
-        out = x.new_empty(x.shape[0], self.weight.n_rows)
-        self._multiply(self._sides(x), decoded, 0, out)
-        return out
-
-    def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of x (M, K) for that of y (M, N)."""
-        wide, columns = gradient @ decoded, self.weight.padded_columns
-        if self.factors is None:
-            return wide[:, : self.weight.n_columns]
-        result = torch.addmm(wide[:, :columns], wide[:, columns:], self.factors.scaled_A)
-        return result[:, : self.weight.n_columns]
-
-    def _expand(self, dense: torch.Tensor, start: int) -> None:
-        """Write [W | B] from row ``start``, a multiple of 256, to ``dense``."""
+    def _expand(self, dense: torch.Tensor, start: int) -> torch.Tensor:
+        """Write [W | B] from row ``start``, a multiple of 256, to ``dense`` and return it."""
         self._expansion(dense, start)
         if self.factors is not None:
-            self.factors.write_B(start, dense[:, self.weight.padded_columns :])
+            self.factors.write_B(start, dense)
+        return dense
+
+    def _factors_of(self, dense: torch.Tensor) -> list[torch.Tensor]:
+        """Return what ``_sides`` are multiplied by, of rows of [W | B]: all of them, or W and B."""
+        if self.factors is None or self._copies_x:
+            return [dense.T]
+        columns = self.weight.padded_columns
+        return [dense[:, :columns].T, dense[:, columns:].T]
 
     def _sides(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return what is multiplied by [W | B]: [x | u] whole, or x and u where y is smaller than x."""
+        """Return [x | u] whole, or x and u where y is smaller than x."""
         if self.factors is None:
             return [x]
-        if self._copies_x:
-            return [self._beside(x)]
-        return [x, x @ self.factors.scaled_A.T]
+        return [self._beside(x)] if self._copies_x else [x, x @ self.factors.scaled_A.T]
 
-    def _multiply(self, sides: list[torch.Tensor], dense: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        """Write the product with rows of [W | B] from ``start`` to ``out``."""
-        columns = slice(start, start + len(dense))
-        first, *rest = sides
-        weight = dense[:, : first.shape[1]].T
-        if self._bias is None:
-            torch.mm(first, weight, out=out)
-        else:
-            torch.addmm(self._bias[columns], first, weight, out=out)
-        for side in rest:
-            out.addmm_(side, dense[:, first.shape[1] :].T)
+    def _multiply(
+        self,
+        sides: list[torch.Tensor],
+        weights: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the sum of products and bias."""
+        y = (
+            torch.mm(sides[0], weights[0], out=out)
+            if bias is None
+            else torch.addmm(bias, sides[0], weights[0], out=out)
+        )
+        return y if len(sides) == 1 else y.addmm_(sides[1], weights[1])
 
 
 class Expansion:
@@ -145,6 +157,10 @@ class Expansion:
 
 def _rows_of_part(n_columns: int, n_row_blocks: int) -> int:
     return BLOCK_ROWS * max(1, min(n_row_blocks, _PART_BYTES // (n_columns * 2 * BLOCK_ROWS)))
+
+
+def _matrix_in(buffer: torch.Tensor, n_rows: int, n_columns: int) -> torch.Tensor:
+    return buffer[: n_rows * n_columns].view(n_rows, n_columns)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
 
+RANKS_OF_TILE = 16
 #: the rank that the fused kernel takes: 16 tiles of 16
 LARGEST_RANK = 256
 

@@ -61,7 +61,9 @@ def prepared(kind: str, train_residual: bool, sizes: Sizes, device: torch.device
         tuned = salr.prepare_for_training(
             model, rank=16, alpha=32, train_residual=train_residual, autocast_adapter_dtype=False
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+    )
     model.config.use_cache = False
     return tuned.train()
 

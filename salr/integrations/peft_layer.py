@@ -70,8 +70,9 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
 
     def _add(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """Return y (..., N) + B (A x) of some adapters in y's dtype."""
-        lora_a = torch.cat([self.lora_A[name].weight for name in names]).to(x.dtype)
-        lora_b = torch.cat([_times(self.lora_B[name].weight, self.scaling[name]) for name in names], 1).to(x.dtype)
+        lora_a = _joined([self.lora_A[name].weight for name in names], 0).to(x.dtype)
+        scaled = [_times(self.lora_B[name].weight, self.scaling[name]) for name in names]
+        lora_b = _joined(scaled, 1).to(x.dtype)
         inner = torch.nn.functional.linear(x, lora_a)
         if torch.is_autocast_enabled(x.device.type) or y.dtype != x.dtype:
             return y + torch.nn.functional.linear(inner, lora_b).to(y.dtype)
@@ -89,6 +90,10 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
             "an adapter cannot be merged into packed weights",
             fix="save it, and convert again with --adapter, or run it unmerged",
         )
+
+
+def _joined(factors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dim)
 
 
 def _times(factor: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -30,7 +30,7 @@ def written_B(factors, first, last):
     """B as it comes into the last columns of a wider matrix."""
     n = len(factors.scaled_A)
     wide = torch.full((last - first, 24 + n), torch.nan, dtype=torch.bfloat16, device=factors.scaled_A.device)
-    factors.write_B(first, wide[:, 24:])
+    factors.write_B(first, wide)
     assert wide[:, :24].isnan().all()
     return wide[:, 24:]
 
