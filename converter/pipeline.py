@@ -29,9 +29,10 @@ from .execution.decisions import Decisions, decided_once
 from .execution.devices import environment, resolve_devices, worker_count
 from .execution.division import contents_by_size, contents_in_parts
 from .execution.fingerprint import InputFiles, fingerprint, lost
-from .execution.jobs import Job, Outcome, Progress, beside, one_thread_each
+from .execution.jobs import Job, Outcome, Progress
 from .execution.packers import Executor, LocalExecutor, Team
 from .execution.spool import HiddenSpool
+from .execution.threads import beside, one_thread_each
 from .options import ConvertOptions
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report

@@ -97,9 +97,7 @@ def digest_problem(file: SalrFile, name: str) -> ChecksumError | None:
     """Return what is wrong with a tensor's digest."""
     if validation.digest(file.raw(name)) == file.manifest.checksums[name]:
         return None
-    return ChecksumError(
-        "its bytes differ from their digest", path=file.path_of(name), tensor=name, fix=validation.REMAKE
-    )
+    return validation.damaged(file.path_of(name), name)
 
 
 def module_problem(file: SalrFile, name: str) -> FormatError | None:

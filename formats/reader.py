@@ -99,9 +99,7 @@ class SalrFile:
             FormatError: there is no such file, or it is damaged (ChecksumError).
         """
         data = bytes(self._container.raw(naming.ASSET_PREFIX + name))
-        problem = digest_problem(self, naming.ASSET_PREFIX + name)
-        if problem is not None:
-            raise problem
+        self.check_digest(naming.ASSET_PREFIX + name)
         return data
 
     def dense_tensors(self) -> list[str]:
@@ -188,6 +186,16 @@ class SalrFile:
         """
         validation.check_part(self._entry(module), rows, columns, str(self.path), module)
         return self.module(module).part(rows, columns)
+
+    def check_digest(self, name: str) -> None:
+        """Check one tensor's bytes.
+
+        Raises:
+            ChecksumError: they differ from their digest.
+        """
+        problem = digest_problem(self, name)
+        if problem is not None:
+            raise problem
 
     def check_all(self) -> Iterator[Finding]:
         """Check every tensor's digest and every module's structure on threads; yield each name with its error or None.
