@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from salr.converter.calibration.sequential import open_block_run
 from salr.converter.execution.devices import resolve_device
-from salr.converter.execution.jobs import one_thread_each
+from salr.converter.execution.packers import Team
+from salr.converter.execution.threads import one_thread_each
 from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
 from salr.formats.values import NF4_CODE_BOOK
@@ -100,7 +101,7 @@ def write_rounded(source: Path, out: Path, grid: Grid, options: ConvertOptions, 
     for path in sorted(source.glob("*.safetensors")):
         tensors |= load_file(path)
     with one_thread_each(2) as pool:
-        batches = open_block_run(plan, options, device, pool).measured() if use_gptq else [plan.modules]
+        batches = open_block_run(plan, options, device, Team(pool)).measured() if use_gptq else [plan.modules]
         for batch in batches:
             for item in batch:
                 module, gram = (item.module, item.gram) if use_gptq else (item, None)

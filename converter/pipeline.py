@@ -7,7 +7,8 @@ before the first is written. The output is held from the first moment, so that t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from .execution.decisions import Decisions, decided_once
 from .execution.devices import environment, resolve_devices, worker_count
 from .execution.division import contents_by_size, contents_in_parts
 from .execution.fingerprint import InputFiles, fingerprint, lost
-from .execution.jobs import Job, Outcome, Progress, beside, one_thread_each
+from .execution.jobs import Job, Outcome, Progress
 from .execution.packers import Executor, LocalExecutor, Team
 from .execution.spool import HiddenSpool
+from .execution.threads import beside, one_thread_each
 from .options import ConvertOptions
 from .plan import Plan, make_plan
 from .report import ConvertReport, error_report, size_report
@@ -68,27 +70,40 @@ def convert(
         return convert_plan(plan_conversion(source, options, partial), partial, progress=progress, executor=executor)
 
 
-def open_output(out: str | Path, options: ConvertOptions) -> PartialOutput:
-    """Take hold of the output.
+@contextmanager
+def open_output(out: str | Path, options: ConvertOptions) -> Iterator[PartialOutput]:
+    """Hold the output; a directory that was made for a part goes again where nothing came into it.
 
     Raises:
         OutputError: it exists, cannot be written, or another run is writing it.
     """
     path, is_directory = Path(out), options.max_shard_size is not None
+    directory: AbstractContextManager[None] = nullcontext()
     if options.part is not None:
-        path = _part_path(path, options.part)
-    return PartialOutput(path, force=options.force, fresh=options.fresh, is_directory=is_directory)
+        path, directory = path / shard_name(*options.part), _directory_of_parts(path)
+    with (
+        directory,
+        PartialOutput(path, force=options.force, fresh=options.fresh, is_directory=is_directory) as partial,
+    ):
+        yield partial
 
 
-def _part_path(out: Path, part: tuple[int, int]) -> Path:
-    """Return the file of one part in the directory ``out``, which is made where it is missing."""
-    if not out.is_dir():
-        check_output(out, force=False, is_directory=True)
-        try:
-            out.mkdir(exist_ok=True)  # another part may make it at the same moment
-        except OSError as error:
-            raise OutputError(f"cannot be made ({error.strerror})", path=out, fix="choose another output") from error
-    return out / shard_name(*part)
+@contextmanager
+def _directory_of_parts(path: Path) -> Iterator[None]:
+    """Make a directory where it is missing; if it is empty afterwards, remove it."""
+    if path.is_dir():
+        yield
+        return
+    check_output(path, force=False, is_directory=True)
+    try:
+        path.mkdir(exist_ok=True)  # another part may make it at the same moment
+    except OSError as error:
+        raise OutputError(f"cannot be made ({error.strerror})", path=path, fix="choose another output") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds this part, what an interrupted run left, or another part
+            path.rmdir()
 
 
 def convert_plan(
@@ -165,7 +180,7 @@ def write_plan(plan: Plan, partial: PartialOutput, progress: Progress, executor:
         manifest = _manifest(plan, outcome, devices[0], hashes.result())
         inputs.check()
         writer.finish(_manifests(manifest, contents, options.part))
-    return outcome
+    return replace(outcome, notes=[*_notes_on_size(contents, options.max_shard_size), *outcome.notes])
 
 
 def _contents(plan: Plan) -> list[ShardContent]:
@@ -173,6 +188,19 @@ def _contents(plan: Plan) -> list[ShardContent]:
     if plan.options.part is not None:
         return contents_in_parts(plan, plan.options.part[1])
     return contents_by_size(plan, plan.options.max_shard_size) if plan.options.max_shard_size is not None else []
+
+
+def _notes_on_size(contents: list[ShardContent], most_bytes: int | None) -> list[str]:
+    """Return what to know about shards that are larger than was asked for."""
+    sizes = [sum(spec.n_bytes for spec in content.specs) for content in contents]
+    larger = [size for size in sizes if most_bytes is not None and size > most_bytes]
+    if not larger:
+        return []
+    return [
+        f"{len(larger)} of {len(sizes)} shards hold more than the {most_bytes:,} bytes of --max-shard-size: a module "
+        f"is never divided, and the largest takes {max(larger):,} bytes. Give at least that, or join them with "
+        "`salr join`."
+    ]
 
 
 def _specs_by_file(plan: Plan, contents: list[ShardContent]) -> list[TensorSpec] | dict[str, list[TensorSpec]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,8 @@ from .dtypes import DTYPE_BITS, Array, storage_dtype, tensor_bytes
 from .errors import FormatError
 
 ALIGNMENT = 64
+#: bytes that are copied or digested at a time, so that no large tensor is held in memory
+PIECE_BYTES = 1 << 24
 _LENGTH_BYTES = 8
 _LARGEST_OFFSET = 10**18
 
@@ -115,6 +117,12 @@ class Container:
         array = np.frombuffer(raw, storage_dtype(tensor.dtype))
         array.flags.writeable = False
         return array.reshape(tensor.shape) if DTYPE_BITS[tensor.dtype] >= 8 else array
+
+
+def pieces_of(raw: memoryview) -> Iterator[memoryview]:
+    """Yield bytes in pieces of at most 16 MB."""
+    for start in range(0, len(raw), PIECE_BYTES):
+        yield raw[start : start + PIECE_BYTES]
 
 
 def identity_of(status: os.stat_result) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from . import naming, validation
+from .checking import Finding, IntegrityCheck, digest_problem
 from .container import Container, StoredTensor, identity_of
 from .dtypes import Array, F32Array, to_float32
-from .errors import ChecksumError, FormatError
+from .errors import FormatError
 from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry
 from .module import AdapterStack, LowRankPair, ModuleTensors, stack_adapters
 from .opening import open_checked
@@ -50,6 +51,10 @@ class SalrFile:
     def is_sharded(self) -> bool:
         """Tell whether this is a directory of shards."""
         return isinstance(self._container, ShardSet)
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds a tensor: a shard of them, or this one."""
+        return self._container.path_of(name)
 
     def require_one_file(self, purpose: str) -> None:
         """Refuse shards for a ``purpose`` that needs one file.
@@ -88,8 +93,14 @@ class SalrFile:
         return sorted(name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix))
 
     def asset(self, name: str) -> bytes:
-        """Return the bytes of a carried file."""
-        return bytes(self._container.raw(naming.ASSET_PREFIX + name))
+        """Return the bytes of a carried file, whose digest is checked first.
+
+        Raises:
+            FormatError: there is no such file, or it is damaged (ChecksumError).
+        """
+        data = bytes(self._container.raw(naming.ASSET_PREFIX + name))
+        self.check_digest(naming.ASSET_PREFIX + name)
+        return data
 
     def dense_tensors(self) -> list[str]:
         """Return the names of the tensors kept as they were in the source."""
@@ -138,7 +149,7 @@ class SalrFile:
             to_float32(self.tensor(scales), self.tensors[scales].dtype) if entry.encoding in QUANTIZED_BITS else None,
         )
         if name not in self._checked:
-            validation.check_module(tensors, str(self._container.path_of(naming.values_name(name))), name)
+            validation.check_module(tensors, str(self.path_of(naming.values_name(name))), name)
             self._checked.add(name)
         return tensors
 
@@ -151,7 +162,7 @@ class SalrFile:
                 scaling = np.full(adapter.rank, adapter.scaling, np.float32)
                 if self._is_int8(module, adapter.name):
                     scaling = scaling * self.tensor(naming.rank_scales_name(module, adapter.name))
-            validation.check_scaling(scaling, str(self._container.path_of(name_a)), module, adapter.name)
+            validation.check_scaling(scaling, str(self.path_of(name_a)), module, adapter.name)
             dtype = self.tensors[name_a].dtype
             pairs.append(LowRankPair(adapter.name, dtype, self.tensor(name_a), self.tensor(name_b), scaling))
         return pairs
@@ -176,29 +187,23 @@ class SalrFile:
         validation.check_part(self._entry(module), rows, columns, str(self.path), module)
         return self.module(module).part(rows, columns)
 
-    def check_all(self) -> Iterator[tuple[str, FormatError | None]]:
-        """Check every tensor's digest, then every module's structure; yield each name with its error or None."""
-        for name, stored in sorted(self.manifest.checksums.items()):
-            sound = validation.digest(self.raw(name)) == stored
-            yield (
-                name,
-                None
-                if sound
-                else ChecksumError(
-                    "its bytes differ from their digest",
-                    path=self._container.path_of(name),
-                    tensor=name,
-                    fix=validation.REMAKE,
-                ),
-            )
-        for name in self.modules:
-            try:
-                self.module(name)
-                self.pairs(name)
-            except FormatError as error:
-                yield name, error
-            else:
-                yield name, None
+    def check_digest(self, name: str) -> None:
+        """Check one tensor's bytes.
+
+        Raises:
+            ChecksumError: they differ from their digest.
+        """
+        problem = digest_problem(self, name)
+        if problem is not None:
+            raise problem
+
+    def check_all(self) -> Iterator[Finding]:
+        """Check every tensor's digest and every module's structure on threads; yield each name with its error or None.
+
+        Digests come first, in the order of their names.
+        """
+        with IntegrityCheck(self) as check:
+            yield from check.findings()
 
     def _is_int8(self, module: str, adapter: str) -> bool:
         """Tell whether an adapter's factors are int8 and have rank_scales."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from .container import TensorSpec
+from .container import PIECE_BYTES, TensorSpec
 from .errors import InputLostError, OutputError, SalrError
 from .journal import Journal, Record, read_journal
 from .manifest import canonical_json
@@ -24,7 +24,6 @@ from .writer import SalrWriter
 
 #: in the folder of an output: decisions that were made before the first tensor
 PLAN_NAME = "plan.json"
-_PIECE_BYTES = 1 << 24
 _READERS = 4
 
 
@@ -90,8 +89,8 @@ class ResumingWriter(SalrWriter):
     def _digest(self, name: str) -> str:
         target, tensor = self.place(name)
         state = xxhash.xxh3_128()
-        for begin in range(tensor.begin, tensor.end, _PIECE_BYTES):
-            state.update(target.data.read(begin, min(begin + _PIECE_BYTES, tensor.end)))
+        for begin in range(tensor.begin, tensor.end, PIECE_BYTES):
+            state.update(target.data.read(begin, min(begin + PIECE_BYTES, tensor.end)))
         return state.hexdigest()
 
     def finish(self, manifest: Any) -> int:

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import naming
-from .container import TensorSpec
-from .errors import ChecksumError, OutputError
+from .container import TensorSpec, pieces_of
+from .errors import OutputError
 from .manifest import ModuleEntry
 from .reader import SalrFile
-from .validation import REMAKE, digest
+from .validation import damaged
 from .writer import SalrWriter
-
-_PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,8 @@ def copy_tensor(writer: SalrWriter, name: str, raw: memoryview, checksums: Mappi
     Raises:
         ChecksumError: its bytes do not match their digest.
     """
-    pieces = (raw[start : start + _PIECE_BYTES] for start in range(0, len(raw), _PIECE_BYTES))
-    _compare(path, name, writer.write_pieces(name, pieces), checksums)
-
-
-def check_digest(file: SalrFile, name: str) -> None:
-    """Refuse to make anything from a tensor whose bytes are damaged.
-
-    Raises:
-        ChecksumError: they do not match the tensor's digest.
-    """
-    _compare(file.path, name, digest(file.raw(name)), file.manifest.checksums)
-
-
-def _compare(path: str | Path, name: str, found: str, checksums: Mapping[str, str]) -> None:
-    if found != checksums[name]:
-        raise ChecksumError("its bytes differ from their digest", path=path, tensor=name, fix=REMAKE)
+    if writer.write_pieces(name, pieces_of(raw)) != checksums[name]:
+        raise damaged(path, name)
 
 
 def _specs_in_order(

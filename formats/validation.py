@@ -7,6 +7,7 @@ opened; ``check_module`` looks at a module's tensors and runs before any of thei
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -32,6 +33,11 @@ REMAKE = "the file is damaged: copy or make it again"
 def digest(data: bytes | memoryview) -> str:
     """Return the XXH3-128 digest of ``data``: 32 lower-case hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def damaged(path: str | Path, name: str) -> ChecksumError:
+    """Return the error of a tensor whose bytes are not those that were written."""
+    return ChecksumError("its bytes differ from their digest", path=path, tensor=name, fix=REMAKE)
 
 
 def header_digest(header: bytes, stored: str) -> str:

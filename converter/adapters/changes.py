@@ -6,13 +6,13 @@ thread, so that it gives the same bits wherever it is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
+from ..execution.threads import one_thread
 from ..sources.checkpoint import SourceTensor, parts_of
 
 _Rows = Callable[[int, int], torch.Tensor]
@@ -102,17 +102,3 @@ class TensorChange:
                 norms.append(weight.square().sum(0 if self.transposed else 1))
             squared = torch.stack(norms).sum(0) if self.transposed else torch.cat(norms)
             return (update.magnitude().double() / squared.sqrt()).float()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as conversions do: some sums depend on the number."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

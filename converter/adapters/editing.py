@@ -21,7 +21,7 @@ from ...formats.dtypes import FLOAT_ENCODINGS, Array
 from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, ErrorEntry, LedgerLine, Manifest, ModuleEntry
 from ...formats.reader import SalrFile
-from ...formats.rewriting import Destination, check_digest, rewriting
+from ...formats.rewriting import Destination, rewriting
 from ..execution.packing import squared_norm
 from ..sources.checkpoint import sha256
 from ..sources.opening import locate
@@ -211,7 +211,7 @@ def _has_own_bits(entry: ModuleEntry) -> bool:
 
 def _source_weight(file: SalrFile, module: str) -> Array:
     """Return the weight of a module without pruning, in the source's orientation and bits."""
-    check_digest(file, naming.values_name(module))
+    file.check_digest(naming.values_name(module))
     tensors = file.module(module)
     weight = tensors.stored().reshape(tensors.entry.shape)
     return weight.swapaxes(-1, -2) if tensors.entry.transposed else weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .changes import one_thread
+from ..execution.threads import one_thread
 
 #: factors A (r, K) and B (N, r) in float32
 FactorPair = tuple[torch.Tensor, torch.Tensor]

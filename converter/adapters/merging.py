@@ -24,7 +24,7 @@ from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is_adapter_name
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, rewriting
-from ..execution.jobs import one_thread_each
+from ..execution.threads import one_thread
 from ..methods.lowrank import fix_signs
 from . import records
 from .editing import Progress, check_is_separate, check_new_name
@@ -105,7 +105,7 @@ def merge_adapters(
     modules = {m: _merged_entry(e, names, into, recipes.get(m)) for m, e in file.modules.items()}
     specs = [spec for m, recipe in recipes.items() for spec in recipe.specs(m, into, file.modules[m])]
     found: dict[str, tuple[float, float]] = {}
-    with one_thread_each(1), rewriting(file, modules, specs, destination, progress) as writer:
+    with one_thread(), rewriting(file, modules, specs, destination, progress) as writer:
         for module, recipe in recipes.items():
             factors = _merge(file, module, names, recipe)
             writer.write(naming.lora_a_name(module, into), factors.lora_A)

@@ -21,6 +21,7 @@ from ...formats.bitmap import bitmap_width
 from ...formats.dtypes import DTYPE_BITS, FLOAT_ENCODINGS
 from ...formats.errors import CalibrationError
 from ...formats.values import QUANTIZED_BITS
+from ..execution.packers import Team
 from ..execution.packing import source_matrices, used_method
 from ..methods import Problem, solve
 from ..methods.prune import Groups, keep_in_groups
@@ -86,7 +87,7 @@ def _measured_modules(
     run = None
     if options.data is not None:
         try:
-            run = open_block_run(plan, options, device, pool)
+            run = open_block_run(plan, options, device, Team(pool))
         except CalibrationError:
             if options.calibration is not None:
                 raise

@@ -55,12 +55,8 @@ class _Statistics:
             self.cross.add_(other.cross)
 
 
-def open_block_run(
-    plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor, team: Team | None = None
-) -> BlockRun:
+def open_block_run(plan: Plan, options: ConvertOptions, device: torch.device, team: Team) -> BlockRun:
     """Build the model without weights and run the calibration tokens up to its first block.
-
-    ``team`` packs; it may be missing where nothing is packed.
 
     Raises:
         CalibrationError: the data is unusable, or transformers cannot run the model block by block.
@@ -68,7 +64,7 @@ def open_block_run(
     assert options.data is not None
     model = BlockModel(plan.checkpoint, Architecture(plan.checkpoint), device)
     tokens = calibration_tokens(options.data, plan.checkpoint)
-    packer = _BlockPacker(plan, options, device, pool, team)
+    packer = _BlockPacker(plan, options, device, team)
     return BlockRun(plan, model, model.embed(tokens), tokens.numel(), packer)
 
 
@@ -137,10 +133,8 @@ class BlockRun:
 class _BlockPacker:
     """Packs the layers of one block at a time."""
 
-    def __init__(
-        self, plan: Plan, options: ConvertOptions, device: torch.device, pool: ThreadPoolExecutor, team: Team | None
-    ) -> None:
-        self._plan, self._options, self._device, self._pool, self._team = plan, options, device, pool, team
+    def __init__(self, plan: Plan, options: ConvertOptions, device: torch.device, team: Team) -> None:
+        self._plan, self._options, self._device, self._team = plan, options, device, team
         self._method = options.method_info
 
     def pack(
@@ -156,14 +150,14 @@ class _BlockPacker:
         Return them and both streams behind the block.
         """
         order, source_out = self._statistics(block, modules, wanted, source_in, packed_in, self._method)
-        jobs = [self._pool.submit(self._pack_layer, module, block, found) for module, found in order]
+        jobs = [self._team.pool.submit(self._pack_layer, module, block, found) for module, found in order]
         packed = [(module, job.result()) for (module, _), job in zip(order, jobs, strict=True)]
         if not self._method.sequential:
             return packed, (source_out, source_out)
         for module, result in packed:
             weight = result.matrices[0].weight().to(self._device) + _delta(module, self._device)
             block.set_weight(module.entry.source_tensor, oriented(module, weight))
-        return packed, (source_out, list(_windowed(self._pool, block.forward, packed_in)))
+        return packed, (source_out, list(_windowed(self._team.pool, block.forward, packed_in)))
 
     def measure(
         self, block: Block, modules: list[PlannedModule], hidden: Hidden
@@ -222,7 +216,7 @@ class _BlockPacker:
                 cross = {t: wanted[t].T @ x if method.corrects else None for t, x in real.items()}
                 return {t: _Statistics(x.T @ x, cross[t]) for t, x in real.items()}, output
 
-            for found, output in _windowed(self._pool, products, list(zip(source_in, packed_in, strict=True))):
+            for found, output in _windowed(self._team.pool, products, list(zip(source_in, packed_in, strict=True))):
                 outputs.append(output)
                 for tensor, part in found.items():
                     if tensor in totals:
@@ -237,7 +231,6 @@ class _BlockPacker:
             raise CalibrationError(
                 "its inputs are not finite on the calibration text", path=checkpoint.directory, tensor=module.name
             )
-        assert self._team is not None  # only runs that pack come here
         adapted = oriented(module, source.weight(module.entry.source_tensor))
         inputs = LayerInputs(gram, statistics.cross, adapted)
         with self._team.borrowed() as packer:

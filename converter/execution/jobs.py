@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from ..plan import Plan, PlannedModule, is_solved
 from .packers import Team
 from .packing import ModulePieces, PackedMatrix, PackedModule, trained_tensors, used_method
 from .spool import HiddenSpool, Streams
+from .threads import beside
 
 #: packed modules that may wait for the disk
 _MOST_UNWRITTEN = 8
@@ -126,7 +127,7 @@ class Job:
     def _calibrated(self, team: Team, progress: Progress) -> list[str]:
         """Pack block after block; return what calibration could not do as asked."""
         try:
-            run = open_block_run(self._plan, self._options, self._device, team.pool, team)
+            run = open_block_run(self._plan, self._options, self._device, team)
         except CalibrationError as error:
             if self._options.calibration is not None:
                 raise
@@ -202,28 +203,6 @@ def _notes(modules: list[PlannedModule], entries: Mapping[str, ModuleEntry], run
             f"({singular[0]} ...): their Gram matrices are singular and were damped."
         )
     return notes
-
-
-@contextmanager
-def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool whose workers each compute with one thread; the caller's setting is put back afterwards."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-@contextmanager
-def beside(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool for what goes on beside the numerical work; after an error nothing new is begun."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -105,10 +105,10 @@ class LocalExecutor:
 
 
 class Team:
-    """Packers that threads of a pool borrow, each for one module."""
+    """Threads that compute, and the packers that they borrow, each for one module; none where nothing is packed."""
 
-    def __init__(self, pool: ThreadPoolExecutor, packers: Sequence[Packer]) -> None:
-        self.pool = pool
+    def __init__(self, pool: ThreadPoolExecutor, packers: Sequence[Packer] = ()) -> None:
+        self.pool, self._n_packers = pool, len(packers)
         self._free: queue.SimpleQueue[Packer] = queue.SimpleQueue()
         for packer in packers:
             self._free.put(packer)
@@ -116,6 +116,7 @@ class Team:
     @contextmanager
     def borrowed(self) -> Iterator[Packer]:
         """Yield a packer that nobody else has meanwhile."""
+        assert self._n_packers, "this team only measures"
         packer = self._free.get()
         try:
             yield packer

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...formats.container import Container
+from ...formats.container import PIECE_BYTES, Container, pieces_of
 from ...formats.dtypes import FLOAT_ENCODINGS, storage_dtype
 from ...formats.errors import FormatError, SourceError
 
@@ -39,7 +39,8 @@ _ASSETS = (
     "[0-9]_*/config.json",
 )  # fmt: skip
 _NOT_ASSETS = re.compile(r".*\.index\.json|adapter_config\.json|trainer_state\.json|training_args\..*")
-PIECE_BYTES = 1 << 24
+#: of float32 that are computed at a time; sums over parts, and so their last bits, depend on it
+_PART_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,8 @@ class Checkpoint:
         return self.read(name)[start:stop]
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in pieces of at most 16 MB."""
-        raw = self.raw(name)
-        for start in range(0, len(raw), PIECE_BYTES):
-            yield raw[start : start + PIECE_BYTES]
+        """Return a tensor's bytes in pieces of at most 16 MB."""
+        return pieces_of(self.raw(name))
 
     def weight_paths(self) -> list[Path]:
         """Return the weight files in name order."""
@@ -259,7 +258,7 @@ class Checkpoint:
 
 def parts_of(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
     """Yield ranges along the first dimension of about 16 MB in float32."""
-    step = max(1, PIECE_BYTES // (4 * max(1, prod(tensor.shape[1:]))))
+    step = max(1, _PART_BYTES // (4 * max(1, prod(tensor.shape[1:]))))
     for start in range(0, tensor.shape[0], step):
         yield start, min(start + step, tensor.shape[0])
 

@@ -51,7 +51,7 @@ def add(
 ) -> None:
     """Add a PEFT LoRA directory to FILE, its factors bit for bit."""
     from ..converter.adapters.editing import add_adapter
-    from .convert import parse_adapters
+    from .convert_options import parse_adapters
 
     ((name, directory),) = parse_adapters([adapter])
     with console.progress_bar("add", quiet=quiet) as progress:

@@ -3,113 +3,63 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.table import Table
 
 from ..formats.dtypes import tensor_bytes
 from ..formats.errors import OptionError
 from ..formats.reader import SalrFile
 from . import console
+from . import convert_options as option
 from .inspect import show_modules, summary_lines
 
 if TYPE_CHECKING:
     from ..converter.execution.packers import Executor
-    from ..converter.options import CalibrationOptions, ConvertOptions
+    from ..converter.options import ConvertOptions
     from ..converter.plan import Plan
     from ..converter.report import ConvertReport
 
 EXECUTORS = ("local", "ray")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Directory or hub id of a model or a PEFT LoRA, or a .gguf file.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.salr", help="The file to make.")],
-    sparsity: Annotated[float | None, typer.Option(help="Fraction removed, 0 to 0.95.", show_default="0.5")] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Rank of the residual adapter, 0 for none.", show_default="64")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="magnitude (the paper), alternating, wanda, sparsegpt or joint.",
-            show_default="alternating; joint with a text",
-        ),
-    ] = None,
-    values: Annotated[
-        str | None, typer.Option(help="Of kept weights: source, bf16, fp16, fp32, int8 or nf4.", show_default="source")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale, for int8 and nf4.", show_default="128")
-    ] = None,
-    adapter_values: Annotated[
-        str | None, typer.Option(help="The residual's storage: source or int8.", show_default="source")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="exact, balanced or small: a measured recipe; single options override it."),
-    ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(help="Where weights compete: layer, row or global.", show_default="the method's own"),
-    ] = None,
-    pattern: Annotated[str, typer.Option(help="unstructured or 2:4.")] = "unstructured",
-    rounds: Annotated[int, typer.Option(help="Rounds of alternating and joint.")] = 60,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A .txt or .jsonl text; 'synthetic' for random tokens; 'none' for weights alone.",
-            show_default="synthetic for alternating",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--calibration-samples", help="Windows of text.", show_default="64; 16 if synthetic")
-    ] = None,
-    length: Annotated[int, typer.Option("--calibration-length", help="Tokens a window.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    adapter: Annotated[
-        list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact, directory or hub id; repeatable.")
-    ] = [],  # noqa: B006
-    base: Annotated[Path | None, typer.Option(help="The base model of a LoRA: directory or hub id.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="main")
-    ] = None,
-    include: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to pack besides.")] = [],  # noqa: B006
-    exclude: Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to keep dense.")] = [],  # noqa: B006
-    target_bits: Annotated[
-        float | None,
-        typer.Option(help="Mean bits per packed weight, adapters counted; chooses sparsity and rank of each module."),
-    ] = None,
-    settings: Annotated[
-        list[str], typer.Option("--set", metavar="'PAT k=v,...'", help="Override options per module; repeatable.")
-    ] = [],  # noqa: B006
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Options and overrides from a file.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and each choice's reason; write nothing.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Discard what an interrupted run left.")] = False,
-    max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="As 5GB: OUT becomes a directory of shards, with an index.")
-    ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Make the I-th of N shards into the directory OUT; salr join joins them."),
-    ] = None,
-    plan_file: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Keeps decisions about the whole model, made once for all parts."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda (all GPUs) or cuda:i,...")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Modules converted at once.", show_default="one a core")] = None,
-    executor: Annotated[str, typer.Option(help="Who converts: local, or ray (a Ray cluster).")] = "local",
+    source: option.Source,
+    out: option.Output,
+    sparsity: option.Sparsity = None,
+    rank: option.Rank = None,
+    method: option.Method = None,
+    values: option.Values = None,
+    group_size: option.GroupSize = None,
+    adapter_values: option.AdapterValues = None,
+    preset: option.Preset = None,
+    scope: option.Scope = None,
+    pattern: option.Pattern = "unstructured",
+    rounds: option.Rounds = 60,
+    calibration: option.Calibration = None,
+    samples: option.Samples = None,
+    length: option.Length = 1024,
+    seed: option.Seed = 0,
+    adapter: option.Adapter = [],  # noqa: B006
+    base: option.Base = None,
+    revision: option.Revision = None,
+    include: option.Include = [],  # noqa: B006
+    exclude: option.Exclude = [],  # noqa: B006
+    target_bits: option.TargetBits = None,
+    settings: option.Settings = [],  # noqa: B006
+    recipe: option.Recipe = None,
+    dry_run: option.DryRun = False,
+    force: option.Force = False,
+    fresh: option.Fresh = False,
+    max_shard_size: option.MaxShardSize = None,
+    part: option.Part = None,
+    plan_file: option.PlanFile = None,
+    device: option.Device = "cpu",
+    workers: option.Workers = None,
+    executor: option.Executor = "local",
     as_json: console.Json = False,
     quiet: console.Quiet = False,
     verbose: console.Verbose = False,
@@ -117,7 +67,7 @@ def convert(
     """Convert SRC (a model, or a LoRA with its base; a directory, a .gguf file or a hub id) to one .salr file."""
     from ..converter.module_options import module_options, parse_override, read_recipe
     from ..converter.options import ConvertOptions
-    from ..converter.pipeline import convert_plan, open_output, plan_conversion
+    from ..converter.pipeline import plan_conversion
 
     options = ConvertOptions(
         module=module_options(
@@ -132,11 +82,11 @@ def convert(
         scope=scope,
         pattern=pattern,
         rounds=rounds,
-        calibration=calibration_options(calibration, samples, length, seed),
+        calibration=option.calibration_options(calibration, samples, length, seed),
         include=tuple(include),
         exclude=tuple(exclude),
         overrides=(*(read_recipe(recipe) if recipe else ()), *(parse_override(text) for text in settings)),
-        adapters=parse_adapters(adapter),
+        adapters=option.parse_adapters(adapter),
         base=base,
         revision=revision,
         target_bits=target_bits,
@@ -144,13 +94,22 @@ def convert(
         workers=workers,
         force=force,
         fresh=fresh,
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-        part=None if part is None else parse_part(part),
+        max_shard_size=None if max_shard_size is None else option.parse_size(max_shard_size),
+        part=None if part is None else option.parse_part(part),
         plan_file=plan_file,
     )
     check_executor(executor)
     if dry_run:
         return show_plan(plan_conversion(source, options), as_json)
+    return make(source, out, options, executor, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def make(
+    source: Path, out: Path, options: ConvertOptions, executor: str, *, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Convert, and say what is found, done and measured."""
+    from ..converter.pipeline import convert_plan, open_output, plan_conversion
+
     silent = quiet or as_json
     with open_output(out, options) as partial:
         plan = plan_conversion(source, options, partial)
@@ -162,22 +121,6 @@ def convert(
     if verbose:
         show_modules(SalrFile(report.path))
     return show_report(report, plan, quiet)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size like 5GB or 300MB (powers of ten), or of a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise OptionError(f"size {text!r}", needed="a number with KB, MB, GB or TB, as 5GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """Parse I/N."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if found is None:
-        raise OptionError(f"--part {text!r}", needed="I/N, as 3/8")
-    return int(found[1]), int(found[2])
 
 
 def check_executor(name: str) -> None:
@@ -201,26 +144,6 @@ def open_executor(name: str, source: Path, options: ConvertOptions) -> Executor 
     from ..integrations.ray_executor import RayExecutor
 
     return RayExecutor(source, options)
-
-
-def calibration_options(text: str | None, samples: int | None, length: int, seed: int) -> CalibrationOptions | None:
-    """Return the calibration asked for; None leaves the choice to the method."""
-    from ..converter.options import SYNTHETIC, SYNTHETIC_SAMPLES, CalibrationOptions
-
-    if text is None:
-        return None
-    usual = SYNTHETIC_SAMPLES if text == SYNTHETIC else CalibrationOptions(text).samples
-    return CalibrationOptions(text, usual if samples is None else samples, length, seed)
-
-
-def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
-    """Parse [NAME=]DIR; without a name the directory's own is used."""
-    parsed = []
-    for text in texts:
-        name, equals, directory = text.partition("=")
-        path = Path(directory if equals else text)
-        parsed.append((name if equals else path.resolve().name, path))
-    return tuple(parsed)
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 from ..formats.errors import FormatError, SalrError
 from ..formats.reader import SalrFile
 from . import console
-from .convert import parse_adapters
+from .convert_options import parse_adapters
 
 
 def verify(

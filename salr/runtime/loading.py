@@ -1,7 +1,8 @@
 """Whole models from one .salr file.
 
-Invariant: every digest and every module's structure is checked before a kernel is given a byte; weights stay in the
-file's memory map, packed, unless they go to another device; every weight of the model comes from the file.
+Invariant: a model is returned only when every digest of its file is checked, beside its building, and no kernel is
+given a module before its structure is; weights stay in the file's memory map, packed, unless they go to another device;
+every weight of the model comes from the file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..formats.checking import IntegrityCheck
 from ..formats.container import TensorSpec
 from ..formats.errors import OptionError, SalrError
 from ..formats.reader import SalrFile
@@ -64,22 +66,23 @@ def load(
     if backend is not None:
         backends.usable(backend)
     file = SalrFile(path)
-    with asset_folder(file, _MODEL_FILES) as folder, quiet_transformers():
+    with IntegrityCheck(file) as check, asset_folder(file, _MODEL_FILES) as folder, quiet_transformers():
         config = read_config(file, folder)
         model_class = _model_class(file, config)
         skeleton = _plan(file, model_class, config)
         _check_memory(file, skeleton, target if device_map is None else None, chosen or config.dtype)
-        check_integrity(file)
-        model = _from_pretrained(file, model_class, config, skeleton, folder, chosen, device_map)
-    for _, module in packed_modules(model):
-        module.backend = backend
+        with check.awaited():
+            model = _from_pretrained(file, model_class, config, skeleton, folder, chosen, device_map)
+            for _, module in packed_modules(model):
+                module.backend = backend
+            if device_map is None:
+                model.to(target)
+            else:
+                _keep_on_host(file, model, skeleton)
+            check.require_modules()
+            _make_ready(model)
     model.name_or_path = model.config.name_or_path = str(path)
     model.generate = types.MethodType(graph_decoding.generate, model)
-    if device_map is None:
-        model.to(target)
-    else:
-        _keep_on_host(file, model, skeleton)
-    _make_ready(model)
     return model
 
 
@@ -130,9 +133,8 @@ def check_integrity(file: SalrFile) -> None:
     Raises:
         FormatError: the first thing that is wrong.
     """
-    for _, problem in file.check_all():
-        if problem is not None:
-            raise problem
+    with IntegrityCheck(file) as check:
+        check.require_all()
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from salr.formats.manifest import MANIFEST_NAME
 from salr.formats.reader import SalrFile
 
 MAGNITUDE = ("--method", "magnitude", "--rank", 8)
@@ -21,6 +23,23 @@ def test_shards_are_made_inspected_verified_and_joined(salr, source, packed, tmp
     result = salr("join", shards, joined)
     assert result.exit_code == 0 and f"wrote {joined}" in result.stdout
     assert joined.read_bytes() == packed.read_bytes()
+
+
+def test_shards_larger_than_was_asked_for_are_told_with_what_to_do(salr, source, tmp_path):
+    result = salr("convert", *MAGNITUDE, source, tmp_path / "shards", "--max-shard-size", "10")
+    (line,) = [line for line in result.stdout.splitlines() if "--max-shard-size" in line]
+    found = re.search(
+        r"! (\d+) of (\d+) shards hold more than the 10 bytes of .*the largest takes ([\d,]+) bytes", line
+    )
+    made = [sum(t.n_bytes for n, t in SalrFile(p).tensors.items() if n != MANIFEST_NAME) for p in shard_files(tmp_path)]
+    assert [int(text.replace(",", "")) for text in found.groups()] == [len(made), len(made), max(made)]
+    assert line.endswith("Give at least that, or join them with `salr join`.")
+    result = salr("convert", *MAGNITUDE, source, tmp_path / "fitting", "--max-shard-size", max(made))
+    assert result.exit_code == 0 and "--max-shard-size" not in result.stdout
+
+
+def shard_files(folder):
+    return sorted((folder / "shards").glob("*.salr"))
 
 
 def test_verify_names_the_shard_that_is_damaged(salr, source, tmp_path):

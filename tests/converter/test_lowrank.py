@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from salr.converter.execution.threads import one_thread_each
 from salr.converter.methods.lowrank import fix_signs, truncated_svd
-from salr.converter.pipeline import one_thread_each
 
 
 def flat_matrix(n_rows: int, n_columns: int, seed: int = 0) -> torch.Tensor:

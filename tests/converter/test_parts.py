@@ -59,9 +59,27 @@ def test_every_part_has_modules_and_about_the_same_work(llama, n):
     assert sorted(name for c in contents for name in c.names()) == sorted(spec.name for spec in plan.specs())
 
 
-def test_more_parts_than_modules_are_refused(llama, tmp_path):
-    with pytest.raises(OptionError, match="15 parts, needed at most 14"):
+def test_more_parts_than_modules_are_refused_and_leave_no_directory(llama, tmp_path):
+    for _ in range(2):
+        with pytest.raises(OptionError, match="15 parts, needed at most 14"):
+            salr.convert(llama, tmp_path / "parts", part(KINDS["magnitude"], 1, 15))
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(OptionError, match="15 parts"):
         salr.convert(llama, tmp_path / "parts", part(KINDS["magnitude"], 1, 15))
+    assert list(tmp_path.iterdir()) == [tmp_path / "parts"]  # the user's own
+
+
+def test_a_part_that_can_be_resumed_keeps_its_directory(llama, tmp_path):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        salr.convert(llama, tmp_path / "parts", part(KINDS["magnitude"], 1, 2), progress=stop)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["model-00001-of-00002.salr.partial"]
+    report = salr.convert(llama, tmp_path / "parts", part(KINDS["magnitude"], 1, 2))
+    assert "interrupted run" in report.notes[0]
 
 
 def test_a_whole_model_decision_is_made_once_before_the_parts(llama, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from salr.converter.execution.jobs import one_thread_each
 from salr.converter.execution.packing import pack_module
+from salr.converter.execution.threads import one_thread_each
 from salr.converter.module_options import VALUES, parse_override
 from salr.converter.pipeline import plan_conversion
 from salr.formats.errors import FormatError, OptionError

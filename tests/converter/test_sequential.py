@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from salr.converter.calibration.data import calibration_tokens
 from salr.converter.calibration.sequential import open_block_run
-from salr.converter.execution.jobs import one_thread_each
+from salr.converter.execution.packers import Team
+from salr.converter.execution.threads import one_thread_each
 from salr.converter.pipeline import plan_conversion
 from salr.converter.verification import compare_with_source
 from salr.formats.dtypes import from_float32, to_float32
@@ -64,7 +65,7 @@ def direct_grams(model, names, tokens) -> dict[str, torch.Tensor]:
 def found_grams(source, options) -> dict[str, torch.Tensor]:
     plan = plan_conversion(source, options)
     with one_thread_each(2) as pool:
-        run = open_block_run(plan, options, CPU, pool)
+        run = open_block_run(plan, options, CPU, Team(pool))
         return {item.module.name: item.gram for found in run.measured() for item in found}
 
 

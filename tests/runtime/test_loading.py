@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from salr.formats import validation
 from salr.formats.errors import AdapterError, ChecksumError, FormatError, OptionError, VersionError
 from salr.formats.manifest import MANIFEST_NAME
 from salr.formats.reader import SalrFile
 
 import salr
-from salr.runtime import backends, memory
+from salr.runtime import backends, loading, memory
 from salr.runtime.errors import BackendError, LoadError
 from salr.runtime.experts import packed_modules
 
@@ -64,7 +67,6 @@ def test_buffers_that_no_file_holds_are_computed(packed):
 
 def test_the_generation_config_is_honoured(llama, tmp_path, make_lora):
     import json
-    import shutil
 
     folder = shutil.copytree(llama, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 77, "temperature": 0.25}))
@@ -153,9 +155,8 @@ def unused_kernels(monkeypatch):
 @pytest.mark.parametrize("suffix", ["bitmap", "values", "row_offsets", "lora_A.residual"])
 def test_one_flipped_bit_is_refused_before_any_kernel(packed, tmp_path, suffix, unused_kernels):
     name = f"model.layers.1.mlp.down_proj.{suffix}"
-    data = bytearray(packed.read_bytes())
-    data[salr.open(packed).tensors[name].begin + 8] ^= 4
-    (tmp_path / "f.salr").write_bytes(data)
+    shutil.copy(packed, tmp_path / "f.salr")
+    flip(tmp_path / "f.salr", name, 8)
     with pytest.raises(ChecksumError, match=rf"f.salr: tensor '{name}': its bytes differ"):
         salr.load(tmp_path / "f.salr")
 
@@ -168,6 +169,66 @@ def test_a_bitmap_that_lies_with_a_right_digest_is_refused(packed, open_draft, t
     draft.put(name, bitmap)
     with pytest.raises(FormatError, match=rf"tensor '{name}': row 0 has another number of set bits"):
         salr.load(draft.write(tmp_path / "f.salr"))
+
+
+def test_the_structure_is_checked_before_a_backend_lays_weights_out(packed, open_draft, tmp_path, monkeypatch):
+    draft = open_draft(packed)
+    name = "model.layers.0.mlp.up_proj.bitmap"
+    bitmap = draft.array(name)
+    bitmap[0] ^= 1
+    draft.put(name, bitmap)
+    monkeypatch.setattr(loading, "_make_ready", lambda model: pytest.fail("a module was used unchecked"))
+    with pytest.raises(FormatError, match=rf"tensor '{name}': row 0 has another number of set bits"):
+        salr.load(draft.write(tmp_path / "f.salr"))
+
+
+def test_digests_are_checked_while_the_model_is_built(packed, monkeypatch):
+    digest, build, built = validation.digest, loading._from_pretrained, threading.Event()
+
+    def after_building(data):
+        assert not threading.current_thread().name.startswith("salr-check") or built.wait(60)
+        return digest(data)
+
+    def building(*arguments):
+        model = build(*arguments)
+        built.set()
+        return model
+
+    monkeypatch.setattr(validation, "digest", after_building)
+    monkeypatch.setattr(loading, "_from_pretrained", building)
+    assert logits(salr.load(packed)).isfinite().all()
+
+
+def test_damage_is_told_rather_than_that_the_model_cannot_be_built(open_draft, packed, tmp_path):
+    path = changed_config(open_draft, packed, tmp_path, num_hidden_layers=3)
+    flip(path, "model.norm.weight")
+    with pytest.raises(ChecksumError, match=r"tensor 'model.norm.weight': its bytes differ") as raised:
+        salr.load(path)
+    assert isinstance(raised.value.__context__, LoadError)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("salr-check")]
+
+
+def test_what_needs_no_weight_is_told_without_waiting_for_digests(open_draft, packed, tmp_path):
+    path = changed_config(open_draft, packed, tmp_path, architectures=["Llama9ForCausalLM"])
+    flip(path, "model.norm.weight")
+    with pytest.raises(LoadError, match="names Llama9ForCausalLM"):
+        salr.load(path)
+
+
+def test_a_damaged_config_or_tokenizer_is_told_as_damage(speaker, tmp_path):
+    for name, load in (("config.json", salr.load), ("tokenizer.json", salr.load_tokenizer)):
+        path = shutil.copy(speaker, tmp_path / "f.salr")
+        flip(path, f"assets/{name}")
+        with pytest.raises(ChecksumError, match=rf"f.salr: tensor 'assets/{name}': its bytes differ"):
+            load(path)
+
+
+def flip(path, name, index=0):
+    """Flip a bit of a tensor's byte in its file."""
+    position = salr.open(path).tensors[name].begin + index
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
 
 
 def test_a_truncated_file_is_refused(packed, tmp_path):
