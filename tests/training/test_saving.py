@@ -87,6 +87,19 @@ def test_the_manifest_says_what_was_trained_and_how(packed, trained):
     assert after.modules[Q].error == before.modules[Q].error and after.ledger == before.ledger
 
 
+def test_wherever_errors_are_shown_they_are_said_to_be_older_than_the_residual(packed, trained, tmp_path):
+    from salr.converter.export.model_card import model_card
+
+    from salr.cli.inspect import summary_lines
+    from salr.evaluation.report_html import write_report
+
+    for path, is_trained in ((packed, False), (trained[1], True)):
+        file = salr.open(path)
+        write_report(file, tmp_path / "page.html", None)
+        shown = ["\n".join(summary_lines(file)), model_card(file), (tmp_path / "page.html").read_text()]
+        assert ["before the residual was trained or merged" in text for text in shown] == [is_trained] * 3
+
+
 def test_a_residual_that_was_not_touched_keeps_its_bytes_and_its_origin(packed, tmp_path):
     tuned = prepared(packed)
     report = salr.save(tuned, tmp_path / "m.salr")
