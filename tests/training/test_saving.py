@@ -138,7 +138,7 @@ def test_every_encoding_and_an_int8_residual_go_through(mixed, train, tmp_path):
 def test_an_old_adapter_stays_and_can_be_trained_further(llama32, lora, train, tmp_path):
     options = salr.ConvertOptions(salr.ModuleOptions(0.5, 2), method="magnitude", adapters=(("old", lora),))
     salr.convert(llama32, tmp_path / "m.salr", options)
-    with pytest.raises(AdapterError, match="adapter 'old' exists already; give another name, or rank=None"):
+    with pytest.raises(AdapterError, match="adapter 'old' exists already; give another name, or train it further"):
         prepared(tmp_path / "m.salr", name="old")
     with pytest.raises(AdapterError, match="no adapter 'new' to train further, needed one of: old"):
         prepared(tmp_path / "m.salr", name="new", rank=None)
