@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from ..formats import naming
 from ..formats.manifest import RESIDUAL, ModuleEntry
 from ..formats.reader import SalrFile
+from .adapters.records import residual_is_changed
 
+BEFORE_CHANGE = "before the residual was trained or merged"
 NO_BOUND = "the bound is for the mask and the residual; it says nothing about rounding values to int8 or nf4"
 
 
@@ -66,13 +68,15 @@ class SizeReport:
 class ErrorReport:
     """Squared errors over all packed modules as shares of |W0|^2, weighted by energy.
 
-    ``bound`` is None where some modules have none, and ``no_bound_because`` says why.
+    ``bound`` is None where some modules have none, and ``no_bound_because`` says why. ``before``: the residual was
+    trained or merged since, and the errors are those before.
     """
 
     mask: float
     residual: float
     bound: float | None
     no_bound_because: str | None
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def error_report(modules: Mapping[str, ModuleEntry]) -> ErrorReport:
         residual=sum(e.residual * e.energy for e in errors) / energy,
         bound=sum(known) / energy if complete else None,
         no_bound_because=None if complete else NO_BOUND,
+        before=BEFORE_CHANGE if any(map(residual_is_changed, modules.values())) else None,
     )
 
 

@@ -135,7 +135,7 @@ def _expected_entry(planned: PlannedModule, entry: ModuleEntry, options: Convert
     """Return the entry that the recorded options give; an output error tells that the module had statistics."""
     method = used_method(options.chosen_method, entry.error.output is not None)
     made_from = values_from(planned, method)
-    if records.residual_is_trained(entry) and made_from != "source":
+    if records.residual_is_changed(entry) and made_from != "source":
         made_from = "refit"
     return replace(planned.entry, values_from=made_from)
 
@@ -195,8 +195,8 @@ def _compare_errors(
     remaining = squared_norm(weight - torch.from_numpy(file.dense(name))) / (energy or 1.0)
     bound = error_bound(planned, masked)
     measured = {"energy": energy, "mask": masked, "residual": remaining, "bound": bound}
-    if records.residual_is_trained(file.modules[name]):
-        del measured["residual"]  # what it says was so before training
+    if records.residual_is_changed(file.modules[name]):
+        del measured["residual"]  # what it says was so before the change
     for key, found in measured.items():
         claimed = getattr(stored, key)
         if abs(found - claimed) > _RELATIVE * abs(claimed) + _SMALLEST_SHARE:

@@ -257,7 +257,7 @@ def _new_scaling(
 
 def _with_scaling(file: SalrFile, module: str, entry: ModuleEntry, name: str, scaling: float) -> ModuleEntry:
     adapters = tuple(records.rescaled(a, scaling) if a.name == name else a for a in entry.adapters)
-    if name != RESIDUAL or records.residual_is_trained(entry):  # a trained one's errors are those before training
+    if name != RESIDUAL or records.residual_is_changed(entry):  # a changed one's errors are those before
         return replace(entry, adapters=adapters)
     return replace(entry, adapters=adapters, error=_rescaled_error(file, module, entry, scaling))
 

@@ -1,9 +1,10 @@
-"""Several trained adapters of a .salr file as one.
+"""Several adapters of a .salr file as one; with the residual among them, they become the residual.
 
 Invariant: without a rank the merged product is the sum of the old ones: factors are concatenated along the rank, bit
 for bit where scalings and dtypes agree, otherwise widened to float32 with each lora_B times its scaling (one rounding
 an entry). With a rank the sum is fitted again by a truncated SVD, computed in float64 from the factors alone, and its
-error is measured with the factors as stored.
+error is measured with the factors as stored. A residual that others were merged into says so in its origin: the errors
+of its module are those before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ...formats.container import TensorSpec
 from ...formats.dtypes import Array, to_float32
 from ...formats.errors import AdapterError, OptionError
 from ...formats.manifest import RESIDUAL, AdapterEntry, Manifest, ModuleEntry, is_adapter_name
+from ...formats.module import LowRankPair
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, rewriting
 from ..execution.threads import one_thread
@@ -67,7 +69,7 @@ class _Recipe:
             "folded": f"{_STACKED}, each lora_B times its scaling, in float32",
             "fitted": f"truncated SVD of the sum, rank {self.rank}, in float32 (torch {torch.__version__})",
         }
-        alpha = self.scaling * self.rank
+        alpha = None if into == RESIDUAL else self.scaling * self.rank
         return AdapterEntry(into, self.rank, self.scaling, records.merged_origin(names), alpha, how[self.kind])
 
     def specs(self, module: str, into: str, entry: ModuleEntry) -> list[TensorSpec]:
@@ -88,11 +90,14 @@ def merge_adapters(
     """Replace the adapters ``names`` by one adapter ``into`` with the sum of their products.
 
     Args:
+        names: two or more; with ``residual`` among them ``into`` has to be ``residual`` too, and the others cannot be
+            switched off any more.
         rank: at most this rank a module; a module whose ranks add up to no more is merged without loss.
 
     Raises:
         OptionError: fewer than two different names, or a rank below 1.
-        AdapterError: an adapter is missing, is the residual or holds NaN, or ``into`` is taken or no adapter's name.
+        AdapterError: an adapter is missing or holds NaN, or ``into`` is taken or no adapter's name, or one of ``names``
+            and ``into`` is the residual and the other is not.
         SalrError: the file cannot be read, or the output cannot be written.
     """
     file = SalrFile(path)
@@ -101,6 +106,7 @@ def merge_adapters(
         module: _recipe(file, module, chosen, rank)
         for module, entry in file.modules.items()
         if (chosen := [adapter for adapter in entry.adapters if adapter.name in names])
+        and not _stays(chosen, into, rank)
     }
     modules = {m: _merged_entry(e, names, into, recipes.get(m)) for m, e in file.modules.items()}
     specs = [spec for m, recipe in recipes.items() for spec in recipe.specs(m, into, file.modules[m])]
@@ -118,21 +124,28 @@ def merge_adapters(
 def _check_request(file: SalrFile, names: Sequence[str], into: str, rank: int | None) -> None:
     if len(set(names)) != len(names) or len(names) < 2:
         raise OptionError(f"adapters {', '.join(names)}", path=file.path, needed="two or more, each once")
-    if RESIDUAL in names:
+    if (RESIDUAL in names) != (into == RESIDUAL):
+        found = "the residual merged into another adapter" if RESIDUAL in names else f"adapter name {into!r}"
         raise AdapterError(
-            "the residual corrects the base and is no trained adapter", path=file.path, fix="merge the others"
+            found,
+            path=file.path,
+            needed=f"'{RESIDUAL}' on both sides, or on none",
+            fix=f"name {RESIDUAL} among the adapters and give --into {RESIDUAL}, or merge the others",
         )
     for name in names:
         summarize(file, name)
         check_is_separate(file, name, "merged")
-    if not is_adapter_name(into) or into == RESIDUAL:
-        raise AdapterError(
-            f"adapter name {into!r}", path=file.path, needed=f"letters, digits, '_' and '-', and not '{RESIDUAL}'"
-        )
+    if not is_adapter_name(into):
+        raise AdapterError(f"adapter name {into!r}", path=file.path, needed="letters, digits, '_' and '-'")
     if into not in names:
         check_new_name(file, into)
     if rank is not None and rank < 1:
         raise OptionError(f"rank {rank}", path=file.path, needed="1 or more")
+
+
+def _stays(chosen: list[AdapterEntry], into: str, rank: int | None) -> bool:
+    """Tell whether a module's residual is alone and small enough, so that nothing changes there."""
+    return into == RESIDUAL and [a.name for a in chosen] == [RESIDUAL] and (rank is None or chosen[0].rank <= rank)
 
 
 def _recipe(file: SalrFile, module: str, chosen: list[AdapterEntry], rank: int | None) -> _Recipe:
@@ -140,7 +153,7 @@ def _recipe(file: SalrFile, module: str, chosen: list[AdapterEntry], rank: int |
     if rank is not None and total > rank:
         return _Recipe("fitted", min(rank, *file.modules[module].shape[-2:]), "F32", 1.0)
     dtypes = {file.tensors[naming.lora_a_name(module, adapter.name)].dtype for adapter in chosen}
-    if len({adapter.scaling for adapter in chosen}) > 1:
+    if len({adapter.scaling for adapter in chosen}) > 1 or "I8" in dtypes:
         return _Recipe("folded", total, "F32", 1.0)
     return _Recipe("exact", total, dtypes.pop() if len(dtypes) == 1 else "F32", chosen[0].scaling)
 
@@ -149,7 +162,10 @@ def _merged_entry(entry: ModuleEntry, names: Sequence[str], into: str, recipe: _
     if recipe is None:
         return entry
     kept = [adapter for adapter in entry.adapters if adapter.name not in names]
-    return replace(entry, adapters=(*kept, recipe.entry(names, into)))
+    new = recipe.entry(names, into)
+    if into != RESIDUAL:
+        return replace(entry, adapters=(*kept, new))
+    return replace(entry, adapters=(new, *kept), values_from=records.values_beside_a_changed_residual(entry))
 
 
 class _Factors(NamedTuple):
@@ -167,9 +183,8 @@ def _merge(file: SalrFile, module: str, names: Sequence[str], recipe: _Recipe) -
         widen = len({pair.dtype for pair in pairs}) > 1
         both = [(to_float32(p.lora_A, p.dtype), to_float32(p.lora_B, p.dtype)) if widen else p[2:4] for p in pairs]
         return _Factors(np.concatenate([a for a, _ in both], -2), np.concatenate([b for _, b in both], -1))
-    scalings = {adapter.name: adapter.scaling for adapter in file.modules[module].adapters}
     lora_a = np.concatenate([to_float32(pair.lora_A, pair.dtype) for pair in pairs], -2)
-    scaled = [to_float32(pair.lora_B, pair.dtype).astype(np.float64) * scalings[pair.name] for pair in pairs]
+    scaled = [to_float32(p.lora_B, p.dtype).astype(np.float64) * _scaling(file, module, p) for p in pairs]
     lora_b = np.concatenate(scaled, -1)
     if not np.isfinite(lora_a).all() or not np.all(np.abs(lora_b) <= float(np.finfo(np.float32).max)):
         raise AdapterError(
@@ -182,6 +197,15 @@ def _merge(file: SalrFile, module: str, names: Sequence[str], recipe: _Recipe) -
     if recipe.kind == "folded":
         return _Factors(lora_a, lora_b.astype(np.float32))
     return _fit(torch.from_numpy(lora_b), torch.from_numpy(lora_a).double(), recipe.rank)
+
+
+def _scaling(file: SalrFile, module: str, pair: LowRankPair) -> Array | float:
+    """Return an adapter's scaling in float64; of int8 factors, one for each rank (r,)."""
+    scaling = next(adapter.scaling for adapter in file.modules[module].adapters if adapter.name == pair.name)
+    if pair.dtype != "I8":
+        return scaling
+    scales: Array = file.tensor(naming.rank_scales_name(module, pair.name)).astype(np.float64)
+    return scales * scaling
 
 
 def _fit(lora_b: torch.Tensor, lora_a: torch.Tensor, rank: int) -> _Factors:
@@ -217,7 +241,8 @@ def _manifest(manifest: Manifest, modules: dict[str, ModuleEntry], names: Sequen
     ledger = tuple(
         replace(line, **folded) if any(records.owns(line, name) for name in names) else line for line in manifest.ledger
     )
-    return replace(manifest, modules=modules, ledger=ledger)
+    source = records.with_settings(manifest.source, {}, modules)
+    return replace(manifest, modules=modules, ledger=ledger, source=source)
 
 
 def _report(adapter: AdapterSummary, recipes: dict[str, _Recipe], found: dict[str, tuple[float, float]]) -> MergeReport:

@@ -85,9 +85,14 @@ def is_made_here(adapter: AdapterEntry) -> bool:
     return is_merged(adapter) or is_trained(adapter)
 
 
-def residual_is_trained(entry: ModuleEntry) -> bool:
-    """Tell whether a module's residual was trained, so that its errors are those before."""
-    return any(adapter.name == RESIDUAL and is_trained(adapter) for adapter in entry.adapters)
+def residual_is_changed(entry: ModuleEntry) -> bool:
+    """Tell whether a module's residual was trained or merged, so that its errors are those before."""
+    return any(adapter.name == RESIDUAL and is_made_here(adapter) for adapter in entry.adapters)
+
+
+def values_beside_a_changed_residual(entry: ModuleEntry) -> str:
+    """Return ``values_from`` where the residual changes: values that followed from its factors do so no more."""
+    return entry.values_from if entry.values_from == "source" else "refit"
 
 
 def with_settings(source: dict[str, Any], settings: Mapping[str, Any], modules: Mapping[str, ModuleEntry]) -> Any:
@@ -111,10 +116,10 @@ def rescaled(adapter: AdapterEntry, scaling: float) -> AdapterEntry:
 def as_made(adapters: Sequence[AdapterEntry], planned: Sequence[AdapterEntry]) -> tuple[AdapterEntry, ...]:
     """Return a module's adapters as a conversion that ``planned`` them made them.
 
-    Merged ones and those trained here go, a trained residual is the planned one again, scalings are set back.
+    Merged ones and those trained here go, a changed residual is the planned one again, scalings are set back.
     """
     own = {adapter.name: adapter for adapter in planned}
-    kept = [own[a.name] if a.name in own and a.name == RESIDUAL and is_trained(a) else a for a in adapters]
+    kept = [own[a.name] if a.name in own and a.name == RESIDUAL and is_made_here(a) else a for a in adapters]
     kept = [adapter for adapter in kept if not is_made_here(adapter)]
     return tuple(own[a.name] if a.name in own and rescaled(own[a.name], a.scaling) == a else a for a in kept)
 

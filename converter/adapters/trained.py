@@ -125,8 +125,8 @@ def _with(entry: ModuleEntry, name: str, factors: TrainedFactors) -> ModuleEntry
     if old is None:
         return replace(entry, adapters=(*entry.adapters, new))
     adapters = tuple(new if adapter.name == name else adapter for adapter in entry.adapters)
-    values_from = "refit" if name == RESIDUAL and entry.values_from != "source" else entry.values_from
-    return replace(entry, adapters=adapters, values_from=values_from)
+    changed = records.values_beside_a_changed_residual(entry) if name == RESIDUAL else entry.values_from
+    return replace(entry, adapters=adapters, values_from=changed)
 
 
 def _specs(module: str, name: str, factors: TrainedFactors) -> list[TensorSpec]:

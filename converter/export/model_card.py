@@ -95,7 +95,7 @@ def _errors(file: SalrFile) -> str:
     bound = "none: " + str(error.no_bound_because) if error.bound is None else _percent(error.bound)
     rows = [
         ("what the mask removed", _percent(error.mask)),
-        ("left with the residual", _percent(error.residual)),
+        (f"left with the residual{', ' + error.before if error.before else ''}", _percent(error.residual)),
         ("bound of the theorem", bound),
         *((f"worst: `{name}`", _percent(share)) for name, share in worst_modules(file.modules, _WORST)),
     ]

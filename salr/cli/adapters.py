@@ -103,7 +103,9 @@ def scale(
 @console.guarded
 def merge(
     path: File,
-    names: Annotated[list[str], typer.Argument(metavar="A B ...", help="Trained adapters.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="A B ...", help="Adapters; residual too, with --into residual.")
+    ],
     into: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter that replaces them.")],
     rank: Annotated[int | None, typer.Option(help="Fit the sum again at this rank.", show_default="exact")] = None,
     out: Output = None,
@@ -111,7 +113,11 @@ def merge(
     fresh: Fresh = False,
     quiet: console.Quiet = False,
 ) -> None:
-    """Replace several trained adapters of FILE by one with the sum of what they do."""
+    """Replace several adapters of FILE by one with the sum of what they do.
+
+    With the residual among them the sum becomes the residual, at its old cost if --rank is the residual's: a tuned
+    adapter costs nothing any more when FILE runs, and cannot be switched off.
+    """
     from ..converter.adapters.merging import merge_adapters
 
     with console.progress_bar("merge", quiet=quiet) as progress:

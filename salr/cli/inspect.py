@@ -149,9 +149,10 @@ def summary_lines(file: SalrFile) -> list[str]:
 def _errors(error: ErrorReport) -> str:
     """Return the errors in words."""
     mask, remaining = console.percent(error.mask), console.percent(error.residual)
+    older = f"   ({error.before})" if error.before else ""
     if error.bound is None:
-        return f"mask {mask} -> with residual and rounded values {remaining}"
-    return f"mask {mask} -> with residual {remaining}   bound {console.percent(error.bound)}"
+        return f"mask {mask} -> with residual and rounded values {remaining}{older}"
+    return f"mask {mask} -> with residual {remaining}   bound {console.percent(error.bound)}{older}"
 
 
 def adapter_lines(file: SalrFile) -> list[str]:

@@ -26,6 +26,7 @@ class Headline:
     """The numbers of one file; bits are per packed weight, errors shares of |W0|^2 over all packed modules.
 
     ``error_output`` is the median over modules of the output's squared error on calibration data, None without any.
+    ``error_before`` says that errors are older than the residual, None where they are not.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Headline:
     error_residual: float
     error_bound: float | None
     error_output: float | None
+    error_before: str | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def headline(file: SalrFile) -> Headline:
         error_residual=error.residual,
         error_bound=error.bound,
         error_output=statistics.median(outputs) if outputs else None,
+        error_before=error.before,
     )
 
 

@@ -62,6 +62,7 @@ def _error_tile(numbers: Headline) -> Markup:
         small += f" (bound {100 * numbers.error_bound:.1f} %)"
     if numbers.error_output is not None:
         small += f"; median output error {100 * numbers.error_output:.1f} %"
+    small += f"; {numbers.error_before}" if numbers.error_before else ""
     error = f"{100 * numbers.error_residual:.1f}"
     return _tile("Weight error", error, "%", small, f"{100 * numbers.error_mask:.1f}")
 

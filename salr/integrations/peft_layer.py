@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..formats.errors import AdapterError
 from ..formats.manifest import RESIDUAL
 from ..runtime.experts import packed_modules
+from ..runtime.graph_decoding import forget_decoder
 from ..runtime.linear import SalrLinear
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -114,7 +115,10 @@ def check_config(config: Any) -> None:
 
 
 def _register() -> None:
-    """Let peft's LoRA make these layers, and let ``target_modules="all-linear"`` find packed ones."""
+    """Let peft's LoRA make these layers, and let ``target_modules="all-linear"`` find packed ones.
+
+    peft calls the function wrapped second for every adapter that it adds.
+    """
     create = LoraModel._create_new_module
     include = tuners_utils._maybe_include_all_linear_layers
 
@@ -129,6 +133,7 @@ def _register() -> None:
     def include_all_linear_layers(peft_config: Any, model: torch.nn.Module) -> Any:
         wanted = getattr(peft_config, "target_modules", None)
         result = include(peft_config, model)
+        forget_decoder(model)  # it does not know adapters of peft, and its weights would be in memory twice
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             packed = {name for name, module in packed_modules(model) if isinstance(module, SalrLinear)}
             result.target_modules = set(result.target_modules) | {n.removesuffix(".base_layer") for n in packed}

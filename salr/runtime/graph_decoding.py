@@ -130,6 +130,11 @@ def decoder_of(model: Any) -> GraphDecoder | None:
     return known
 
 
+def forget_decoder(model: Any) -> None:
+    """Give back what a model's decoder holds: weights laid out for decoding, its cache and its captured step."""
+    model.__dict__.pop("_salr_decoder", None)
+
+
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """Do what ``model.generate`` of transformers does, decoding with a captured step where that serves."""
     own = type(model).generate

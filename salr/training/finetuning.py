@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,19 +121,20 @@ def _prepared(path: Path, options: FinetuneOptions) -> Any:
 
     torch.manual_seed(options.seed)
     model = loading.load(path, device=options.device, dtype="fp32" if options.device == "cpu" else "bf16")
-    tuned = prepare_for_training(
-        model,
-        rank=options.rank,
-        alpha=options.alpha,
-        target=options.target_modules,
-        train_residual=not options.freeze_residual,
-        dropout=options.dropout,
-        name=options.name,
-    )
-    model.config.use_cache = False
-    if options.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers and peft about each other
+        tuned = prepare_for_training(
+            model,
+            rank=options.rank,
+            alpha=options.alpha,
+            target=options.target_modules,
+            train_residual=not options.freeze_residual,
+            dropout=options.dropout,
+            name=options.name,
+        )
+        model.config.use_cache = False
+        if options.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned
 
 

@@ -113,7 +113,7 @@ def _check_name(linears: Mapping[str, SalrLinear], name: str, is_there: bool) ->
         raise AdapterError(f"adapter name {name!r}", needed=f"letters, digits, '_' and '-', and not '{RESIDUAL}'")
     exists = any(name in layer.adapter_names for layer in linears.values())
     if exists and not is_there:
-        fix = "give another name, or rank=None to train it further"
+        fix = "give another name, or train it further (rank=None in Python)"
         raise AdapterError(f"adapter '{name}' exists already", fix=fix)
     if is_there and not exists:
         held = ", ".join(sorted({n for layer in linears.values() for n in layer.adapter_names})) or "none"

@@ -9,6 +9,7 @@ import functools
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ def run(
         KeyboardInterrupt: Ctrl-C, after the step and a checkpoint; at once where it is pressed again.
     """
     watcher = _Watcher(events)
-    with quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers and peft about each other
+        warnings.filterwarnings("ignore", "Could not find a config file")  # peft looks for one beside the .salr file
         trainer = _trainer(model, groups, data, options, folder)
         trainer.add_callback(watcher)
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -91,7 +94,7 @@ def run(
     state = trainer.state
     if not watcher.is_finite:
         raise OptionError(
-            f"the loss of step {state.global_step} is not finite", fix="give --fresh and a lower --lr or --residual-lr"
+            f"the loss of step {state.global_step} is not finite", fix="give a lower --lr or --residual-lr, and --fresh"
         )
     if watcher.is_interrupted and state.global_step < state.max_steps:
         raise KeyboardInterrupt

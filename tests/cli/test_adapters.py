@@ -89,7 +89,7 @@ def test_output_writes_another_file(salr, fails, mine):
         (("scale", "a"), "no factor, needed one of both"),
         (("scale", "a", "2", "--scaling", "2"), "a factor and a scaling, needed one of both"),
         (("merge", "a", "--into", "m"), "needed two or more, each once"),
-        (("merge", "a", "residual", "--into", "m"), "the residual corrects the base"),
+        (("merge", "a", "residual", "--into", "m"), "needed 'residual' on both sides, or on none"),
         (("merge", "a", "b", "--into", "residual"), "adapter name 'residual'"),
         (("add", "nowhere"), "nowhere/adapter_config.json: cannot be read"),
     ],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from salr.formats.errors import AdapterError, OptionError
 from transformers import AutoModelForCausalLM
 
 import salr
+from salr.runtime import graph_decoding
 from salr.training.activations import largest_singular_values
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5], [5, 3, 5, 8, 0, 0]])
@@ -53,6 +57,25 @@ def test_whichever_adapters_are_chosen_or_disabled_the_residual_acts_and_stays_t
     with torch.no_grad():
         mixed = tuned.eval()(input_ids=IDS, adapter_names=["__base__", "default"]).logits
     torch.testing.assert_close(mixed, torch.stack([expected[0], adapted[1]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepare", [salr.prepare_for_training, lambda model: get_peft_model(model, LoraConfig(r=2))])
+def test_weights_laid_out_for_decoding_are_given_back_and_text_comes_from_the_adapters(packed, monkeypatch, prepare):
+    monkeypatch.setattr(graph_decoding, "DEVICES", ("cpu",))
+    model = salr.load(packed, dtype="fp32")
+    options = {"input_ids": IDS[:1], "max_new_tokens": 4, "do_sample": False}
+    before = model.generate(**options)
+    decoder = weakref.ref(graph_decoding.decoder_of(model))
+    tuned = prepare(model)
+    gc.collect()
+    assert decoder() is None
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B.default" in name:
+                parameter.normal_(std=0.5)
+    after = tuned.eval().generate(**options)
+    assert not torch.equal(after, before)
+    assert torch.equal(after[0, 6:7], logits(tuned)[0, -1:].argmax(-1))
 
 
 def test_two_runs_are_bitwise_equal_and_learn(packed, train):

@@ -87,6 +87,19 @@ def test_the_manifest_says_what_was_trained_and_how(packed, trained):
     assert after.modules[Q].error == before.modules[Q].error and after.ledger == before.ledger
 
 
+def test_wherever_errors_are_shown_they_are_said_to_be_older_than_the_residual(packed, trained, tmp_path):
+    from salr.converter.export.model_card import model_card
+
+    from salr.cli.inspect import summary_lines
+    from salr.evaluation.report_html import write_report
+
+    for path, is_trained in ((packed, False), (trained[1], True)):
+        file = salr.open(path)
+        write_report(file, tmp_path / "page.html", None)
+        shown = ["\n".join(summary_lines(file)), model_card(file), (tmp_path / "page.html").read_text()]
+        assert ["before the residual was trained or merged" in text for text in shown] == [is_trained] * 3
+
+
 def test_a_residual_that_was_not_touched_keeps_its_bytes_and_its_origin(packed, tmp_path):
     tuned = prepared(packed)
     report = salr.save(tuned, tmp_path / "m.salr")
@@ -125,7 +138,7 @@ def test_every_encoding_and_an_int8_residual_go_through(mixed, train, tmp_path):
 def test_an_old_adapter_stays_and_can_be_trained_further(llama32, lora, train, tmp_path):
     options = salr.ConvertOptions(salr.ModuleOptions(0.5, 2), method="magnitude", adapters=(("old", lora),))
     salr.convert(llama32, tmp_path / "m.salr", options)
-    with pytest.raises(AdapterError, match="adapter 'old' exists already; give another name, or rank=None"):
+    with pytest.raises(AdapterError, match="adapter 'old' exists already; give another name, or train it further"):
         prepared(tmp_path / "m.salr", name="old")
     with pytest.raises(AdapterError, match="no adapter 'new' to train further, needed one of: old"):
         prepared(tmp_path / "m.salr", name="new", rank=None)
