@@ -18,9 +18,10 @@ def draw_loss_curve(path: Path, losses: Sequence[tuple[int, float]], title: str)
     except ImportError:
         return False
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
-    smooth = [values[0]]
-    for value in values[1:]:
-        smooth.append((1 - _SMOOTHING) * smooth[-1] + _SMOOTHING * value)
+    smooth, mean = [], 0.0
+    for count, value in enumerate(values, 1):
+        mean += _SMOOTHING * (value - mean)
+        smooth.append(mean / (1 - (1 - _SMOOTHING) ** count))  # else the mean would begin at 0
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     try:
         axes.plot(steps, values, color="#9db4c0", linewidth=1, label="each step")
