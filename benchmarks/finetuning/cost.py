@@ -80,7 +80,8 @@ def measure(side: str, sizes: Sizes, tokens: list[int], steps: int, device_name:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0.0, fused=on_gpu, capturable=on_gpu)
-    with _turn:
+    # a graph is captured on another stream than the default one, and gradients stay on the stream of their first step
+    with _turn, torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
         rows = measured_steps(side, model, optimizer, sizes, tokens, steps, device)
         del model, optimizer, trained
         reset_peak(device)
@@ -90,25 +91,29 @@ def measure(side: str, sizes: Sizes, tokens: list[int], steps: int, device_name:
 def measured_steps(
     side: str, model: Any, optimizer: Any, sizes: Sizes, tokens: list[int], steps: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return a row for each number of tokens a step."""
+    """Return a row for each number of tokens a step; steps as CUDA graphs come last, lest a failure disturbs others."""
     trained, rows = optimizer.param_groups[0]["params"], []
-    for count in tokens:
+    batches = [torch.randint(sizes.words, (max(1, n // LENGTH), min(n, LENGTH)), device=device) for n in tokens]
+    for count, ids in zip(tokens, batches, strict=True):
         facts: dict[str, Any] = {"side": side, "tokens": count, "trained": sum(p.numel() for p in trained),
                                  "dtype": str(trained[0].dtype)}  # fmt: skip
         try:
-            facts |= timed_steps(model, optimizer, sizes, count, steps, device)
+            facts |= timed_steps(model, optimizer, ids, steps)
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
             facts |= {"peak_bytes": None, "step_ms": None, "reason": "out of memory"}
         rows.append(facts)
+    for row, ids in zip(rows, batches, strict=True):
+        if device.type == "cuda" and row["step_ms"] is not None:
+            row |= captured_ms(model, optimizer, ids, steps)
+            if row["captured_ms"] is None:
+                break
     return rows
 
 
-def timed_steps(
-    model: Any, optimizer: Any, sizes: Sizes, tokens: int, steps: int, device: torch.device
-) -> dict[str, Any]:
+def timed_steps(model: Any, optimizer: Any, ids: torch.Tensor, steps: int) -> dict[str, Any]:
     """Return the peak of 3 steps and the times of those that follow."""
-    ids = torch.randint(sizes.words, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=device)
+    device = ids.device
     reset_peak(device)
     losses, times = [], []
     highest = resident = None
@@ -126,8 +131,8 @@ def timed_steps(
             highest = peak(device)
             resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     kept = times[WARM_UP:]
-    losses_of_steps = {"first_loss": losses[0], "last_loss": losses[-1]}
-    return losses_of_steps | captured_ms(model, optimizer, ids, steps) | {
+    return {
+        "first_loss": losses[0], "last_loss": losses[-1],
         "peak_bytes": highest, "resident_bytes": resident,
         "step_ms": statistics.median(kept), "fastest_ms": min(kept), "slowest_ms": max(kept),
     }  # fmt: skip
@@ -135,11 +140,9 @@ def timed_steps(
 
 def captured_ms(model: Any, optimizer: Any, ids: torch.Tensor, steps: int) -> dict[str, Any]:
     """Return the median time of a step that is replayed as one CUDA graph, so that the host does not bound it."""
-    if ids.device.type != "cuda":
-        return {"captured_ms": None}
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
