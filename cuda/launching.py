@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_INVALID_CONTEXT = 201  # a thread that has not used the GPU yet, as autograd's own at first
 
 
 class CudaError(RuntimeError):
@@ -79,6 +80,9 @@ class Launch:
         """
         self._configuration.stream = stream
         status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
+        if status == _INVALID_CONTEXT:
+            make_current(torch.cuda.current_device())
+            status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
         if status:
             raise CudaError(f"cuLaunchKernelEx: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 to find its cause")
 
@@ -86,6 +90,20 @@ class Launch:
 def stream_of(tensor: torch.Tensor) -> int:
     """Return the handle of torch's current stream on a tensor's device, in a tenth of a microsecond."""
     return int(torch._C._cuda_getCurrentRawStream(tensor.device.index))
+
+
+def make_current(device: int) -> None:
+    """Make a device's context, which torch uses too, this thread's own."""
+    context = ctypes.c_void_p(_context(device))
+    driver().cuCtxSetCurrent(context)
+
+
+@functools.cache
+def _context(device: int) -> int | None:
+    context, number = ctypes.c_void_p(), ctypes.c_int()
+    driver().cuDeviceGet(ctypes.byref(number), device)
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+    return context.value
 
 
 @functools.cache
