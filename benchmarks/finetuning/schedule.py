@@ -24,9 +24,9 @@ class Task:
     variant: Variant | None = None
     rate: float = 0.0
     seed: int = 0
-    #: exact match is measured only below this held-out NLL; None: always
-    best: float | None = None
     wants_before: bool = False
+    #: exact match takes as long as training: it is left out while the rate is searched
+    wants_exact: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -101,10 +101,8 @@ def tasks(variants: Sequence[Variant], results: Results, work: Path, taken: set[
             found.append(Task(variant.base))
             continue
         runs = results.runs(variant)
-        rate = best_rate(variant, runs)
-        for wanted_rate, seed in wanted(variant, runs):
-            best = None if rate is None or seed != SEEDS[0] else held_out(runs[rate, SEEDS[0]])
-            found.append(Task(variant.base, variant, wanted_rate, seed, best, variant.base not in known))
+        for rate, seed in wanted(variant, runs):
+            found.append(Task(variant.base, variant, rate, seed, variant.base not in known, seed != SEEDS[0]))
     unique: dict[tuple[Any, ...], Task] = {}
     for task in found:
         unique.setdefault(task.key, task)

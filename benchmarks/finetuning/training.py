@@ -95,9 +95,9 @@ class Bench:
         )
 
     def run(
-        self, variant: Variant, rate: float, seed: int, best: float | None, wants_before: bool
+        self, variant: Variant, rate: float, seed: int, wants_before: bool, wants_exact: bool
     ) -> list[dict[str, Any]]:
-        """Train and score; exact match only where the held-out NLL is below ``best`` (None: always)."""
+        """Train and score, where wanted before training too, and by exact match."""
         model, found = self.model(variant, seed), []
         if wants_before:
             found.append({"kind": "before", "base": variant.base, **self.scores(model)})
@@ -105,7 +105,7 @@ class Bench:
         facts |= train(model, variant, rate, self.epoch(seed), self.data.end)
         facts["held_out_nll"] = answer_nll(model, self.data.held_out, self.data.end)
         facts |= self.scores(model)
-        if math.isfinite(facts["held_out_nll"]) and (best is None or facts["held_out_nll"] < best):
+        if wants_exact and math.isfinite(facts["held_out_nll"]):
             facts |= self.exact(model)
         return [*found, facts]
 

@@ -62,7 +62,7 @@ def serve(place: Place, threads: int, inbox: Any, outbox: Any) -> None:
 def done(task: Task, place: Place, bench: Bench | None) -> list[dict[str, Any]]:
     """Do a task and return its rows."""
     if task.variant is not None and bench is not None:
-        return bench.run(task.variant, task.rate, task.seed, task.best, task.wants_before)
+        return bench.run(task.variant, task.rate, task.seed, task.wants_before, task.wants_exact)
     options = conversion(task.base, place.data, place.device, place.protocol.rounds, place.protocol.samples)
     return [convert(task.base, place.source, place.work / f"{task.base}.salr", options)]
 
