@@ -6,17 +6,16 @@ Invariant: findings come in one order, whichever thread was first, and no thread
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from . import naming, validation
-from .errors import ChecksumError, FormatError
-
-if TYPE_CHECKING:
-    from .reader import SalrFile
+from . import naming
+from .container import StoredTensor
+from .errors import FormatError
+from .manifest import Manifest, ModuleEntry
 
 #: a name with what is wrong about it, or None
 Finding = tuple[str, FormatError | None]
@@ -27,18 +26,42 @@ _MOST_THREADS = 8
 _GROUP_BYTES = 1 << 24
 
 
+class Checkable(Protocol):
+    """What is checked: a file that knows what is wrong with one of its tensors or modules (see ``reader.SalrFile``)."""
+
+    manifest: Manifest
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, ModuleEntry]:
+        """Every packed module."""
+        ...
+
+    def digest_problem(self, name: str) -> FormatError | None:
+        """Return what is wrong with a tensor's digest."""
+        ...
+
+    def module_problem(self, name: str) -> FormatError | None:
+        """Return the first thing that is wrong with a module's structure."""
+        ...
+
+
 class IntegrityCheck:
     """The check of a file, begun at once; a context manager, whose end drops what is not under way.
 
     The modules' structure is looked at first, because kernels depend on it.
     """
 
-    def __init__(self, file: SalrFile) -> None:
+    def __init__(self, file: Checkable) -> None:
         digested = [(name, file.tensors[name].n_bytes) for name in sorted(file.manifest.checksums)]
         modules = [(name, file.tensors[naming.values_name(name)].n_bytes) for name in file.modules]
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), thread_name_prefix="salr-check")
-        self._modules = self._begin(file, modules, module_problem)
-        self._digests = self._begin(file, digested, digest_problem)
+        self._modules = self._begin(modules, file.module_problem)
+        self._digests = self._begin(digested, file.digest_problem)
 
     def __enter__(self) -> IntegrityCheck:
         return self
@@ -85,29 +108,12 @@ class IntegrityCheck:
         self.require_all()
 
     def _begin(
-        self, file: SalrFile, sizes: Iterable[tuple[str, int]], problem: Callable[[SalrFile, str], FormatError | None]
+        self, sizes: Iterable[tuple[str, int]], problem: Callable[[str], FormatError | None]
     ) -> list[Future[list[Finding]]]:
         def check(names: list[str]) -> list[Finding]:
-            return [(name, problem(file, name)) for name in names]
+            return [(name, problem(name)) for name in names]
 
         return [self._pool.submit(check, names) for names in _groups(sizes)]
-
-
-def digest_problem(file: SalrFile, name: str) -> ChecksumError | None:
-    """Return what is wrong with a tensor's digest."""
-    if validation.digest(file.raw(name)) == file.manifest.checksums[name]:
-        return None
-    return validation.damaged(file.path_of(name), name)
-
-
-def module_problem(file: SalrFile, name: str) -> FormatError | None:
-    """Return the first thing that is wrong with a module's structure."""
-    try:
-        file.module(name)
-        file.pairs(name)
-    except FormatError as error:
-        return error
-    return None
 
 
 def _require(findings: Iterable[Finding]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from . import naming, validation
-from .checking import Finding, IntegrityCheck, digest_problem
+from .checking import Finding, IntegrityCheck
 from .container import Container, StoredTensor, identity_of
 from .dtypes import Array, F32Array, to_float32
-from .errors import FormatError
+from .errors import ChecksumError, FormatError
 from .manifest import MANIFEST_NAME, RESIDUAL, Manifest, ModuleEntry
 from .module import AdapterStack, LowRankPair, ModuleTensors, stack_adapters
 from .opening import open_checked
@@ -193,9 +193,24 @@ class SalrFile:
         Raises:
             ChecksumError: they differ from their digest.
         """
-        problem = digest_problem(self, name)
+        problem = self.digest_problem(name)
         if problem is not None:
             raise problem
+
+    def digest_problem(self, name: str) -> ChecksumError | None:
+        """Return what is wrong with a tensor's digest."""
+        if validation.digest(self.raw(name)) == self.manifest.checksums[name]:
+            return None
+        return validation.damaged(self.path_of(name), name)
+
+    def module_problem(self, name: str) -> FormatError | None:
+        """Return the first thing that is wrong with a module's structure."""
+        try:
+            self.module(name)
+            self.pairs(name)
+        except FormatError as error:
+            return error
+        return None
 
     def check_all(self) -> Iterator[Finding]:
         """Check every tensor's digest and every module's structure on threads; yield each name with its error or None.
