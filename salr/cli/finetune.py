@@ -82,7 +82,7 @@ def _show_plan(path: Path, data: Path, plan: TrainingPlan, options: FinetuneOpti
     parts = [f"{named.get(name, name)} ({console.count(size)}) at {lr:g}" for name, size, lr in plan.groups]
     parts += [] if len(plan.groups) > 1 else ["residual frozen"]
     console.say(f"{path.name}   {data.name}: {plan.data.describe()}", quiet=quiet)
-    examples = options.batch * options.accumulate
+    examples = min(options.batch * options.accumulate, len(plan.data.examples))
     kind = "float32" if options.device == "cpu" else "bf16"
     console.say(f"train   {', '.join(parts)}", quiet=quiet)
     console.say(f"        {plan.n_steps} steps of {examples} examples, {options.device} {kind}", quiet=quiet)
@@ -99,7 +99,7 @@ def _show_report(report: FinetuneReport, seconds: float, quiet: bool) -> None:
         size = console.megabytes(adapter.n_bytes)
         console.say(f"adapter {adapter.name:<10} {adapter.n_modules} modules, rank {ranks}, {size}", quiet=quiet)
     if report.curve is None:
-        console.say("! No image of the losses: pip install 'salr[plot]' draws one.", quiet=quiet)
+        console.say(f"! No image of the losses: {report.no_curve_because}.", quiet=quiet)
     drawn = f"; losses in {report.curve}" if report.curve else ""
     out = report.saved.path
     console.say(f"wrote {out}, {console.megabytes(report.saved.n_bytes)}, in {seconds:.1f} s{drawn}", quiet=quiet)
