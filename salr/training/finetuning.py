@@ -104,7 +104,9 @@ def finetune(
         plan = functools.partial(_plan, found, groups)
         told = events(lambda *steps: started(plan(*steps)), progress, lambda: setattr(partial, "keep", True))
         done = run(model, groups, found, options, partial.folder / _CHECKPOINTS, told)
-        saved = save(model, partial.data, settings={"data": settings["data"], **options.recorded()})
+        with PartialOutput(partial.data, force=True, fresh=True):
+            pass  # what a run that was killed while it wrote has left is gone
+        saved = save(model, partial.data, force=True, settings={"data": settings["data"], **options.recorded()})
         partial.commit()
     curve = out.with_name(out.name.removesuffix(".salr") + ".loss.png")
     reason = draw_loss_curve(curve, done.losses, f"{path.name} on {data.name}")

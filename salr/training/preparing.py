@@ -7,6 +7,7 @@ trained adapter leaves the packed product.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,7 +135,10 @@ def _targets(model: Any, linears: dict[str, SalrLinear], target: str | Sequence[
 
     def matches(wanted: str | list[str]) -> list[str]:
         config = LoraConfig(target_modules=wanted)
-        return [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+        try:
+            return [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+        except re.error as error:
+            raise OptionError(f"target {wanted!r} is no regular expression ({error})") from error
 
     parts = [target] if isinstance(target, str) else [[part] for part in target]
     empty = [part for part in parts if not matches(part)]

@@ -66,6 +66,9 @@ def test_an_interrupted_run_goes_on_to_the_very_same_file(salr, fails, speaker, 
     checkpoints = tmp_path / "tuned.salr.partial" / "checkpoints"
     half = shutil.copytree(checkpoints / "checkpoint-3", checkpoints / "checkpoint-5")  # a killed run's
     (half / "trainer_state.json").write_text("{")
+    (tmp_path / "tuned.salr.partial" / "data").write_text("written, but not renamed")
+    (tmp_path / "tuned.salr.partial" / "data.partial").mkdir()
+    (tmp_path / "tuned.salr.partial" / "data.partial" / "data").write_text("half")
     result = salr(*command)
     assert result.exit_code == 0, result.output
     assert "going on after step 3" in result.stdout

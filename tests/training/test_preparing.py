@@ -145,6 +145,7 @@ def test_a_model_without_anything_trainable_is_refused(packed):
         ({"name": "a.b"}, "adapter name 'a.b', needed letters"),
         ({"target": ["x_proj"]}, r"target \['x_proj'\] fits no layer of LlamaForCausalLM"),
         ({"target": ["q_proj", "x_proj"]}, r"target \['x_proj'\] fits no layer of LlamaForCausalLM"),
+        ({"target": "("}, r"target '\(' is no regular expression \(missing \)"),
         (
             {"target": ["q_proj", "lm_head"]},
             "tensor 'lm_head': target .* fits a layer that is not packed, or an expert",
