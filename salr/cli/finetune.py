@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from ..formats.errors import OptionError
 from . import console
 
 if TYPE_CHECKING:
-    from ..training.finetuning import FinetuneReport, TrainingPlan
+    from ..training.finetuning import FinetuneReport, Progress, TrainingPlan
     from ..training.options import FinetuneOptions
 
 _ENDS = 10
@@ -61,10 +62,16 @@ def finetune(
     from ..training.finetuning import finetune as run
 
     silent, start = quiet or as_json, time.perf_counter()
-    with console.progress_bar("train", quiet=silent) as progress:
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def begin(plan: TrainingPlan) -> None:
+            _show_plan(path, data, plan, options, silent)
+            bars.append(stack.enter_context(console.progress_bar("train", quiet=silent)))  # below what was said
+
         report = run(
             path, data, out, options, force=force, fresh=not resume,
-            started=lambda plan: _show_plan(path, data, plan, options, silent), progress=progress,
+            started=begin, progress=lambda done, total: bars[0](done, total),
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if as_json:
