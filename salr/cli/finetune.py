@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from ..formats.errors import OptionError
 from . import console
 
 if TYPE_CHECKING:
-    from ..training.finetuning import FinetuneReport, TrainingPlan
+    from ..training.finetuning import FinetuneReport, Progress, TrainingPlan
     from ..training.options import FinetuneOptions
 
 _ENDS = 10
@@ -61,10 +62,16 @@ def finetune(
     from ..training.finetuning import finetune as run
 
     silent, start = quiet or as_json, time.perf_counter()
-    with console.progress_bar("train", quiet=silent) as progress:
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def begin(plan: TrainingPlan) -> None:
+            _show_plan(path, data, plan, options, silent)
+            bars.append(stack.enter_context(console.progress_bar("train", quiet=silent)))  # below what was said
+
         report = run(
             path, data, out, options, force=force, fresh=not resume,
-            started=lambda plan: _show_plan(path, data, plan, options, silent), progress=progress,
+            started=begin, progress=lambda done, total: bars[0](done, total),
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if as_json:
@@ -82,7 +89,7 @@ def _show_plan(path: Path, data: Path, plan: TrainingPlan, options: FinetuneOpti
     parts = [f"{named.get(name, name)} ({console.count(size)}) at {lr:g}" for name, size, lr in plan.groups]
     parts += [] if len(plan.groups) > 1 else ["residual frozen"]
     console.say(f"{path.name}   {data.name}: {plan.data.describe()}", quiet=quiet)
-    examples = options.batch * options.accumulate
+    examples = min(options.batch * options.accumulate, len(plan.data.examples))
     kind = "float32" if options.device == "cpu" else "bf16"
     console.say(f"train   {', '.join(parts)}", quiet=quiet)
     console.say(f"        {plan.n_steps} steps of {examples} examples, {options.device} {kind}", quiet=quiet)
@@ -99,7 +106,7 @@ def _show_report(report: FinetuneReport, seconds: float, quiet: bool) -> None:
         size = console.megabytes(adapter.n_bytes)
         console.say(f"adapter {adapter.name:<10} {adapter.n_modules} modules, rank {ranks}, {size}", quiet=quiet)
     if report.curve is None:
-        console.say("! No image of the losses: pip install 'salr[plot]' draws one.", quiet=quiet)
+        console.say(f"! No image of the losses: {report.no_curve_because}.", quiet=quiet)
     drawn = f"; losses in {report.curve}" if report.curve else ""
     out = report.saved.path
     console.say(f"wrote {out}, {console.megabytes(report.saved.n_bytes)}, in {seconds:.1f} s{drawn}", quiet=quiet)

@@ -128,7 +128,7 @@ def _input_gradient(
         weight, adapters, None, gradient.device, gradient.dtype
     )
     trainable = product.trainable()
-    return trainable.input_gradient(rows.contiguous(), trainable.decode()).view(shape)
+    return trainable.input_gradient(rows.contiguous(), trainable.decode()).contiguous().view(shape)
 
 
 @_input_gradient.register_fake

@@ -85,17 +85,17 @@ def read_training_data(path: str | Path, tokenizer: Any, max_length: int) -> Tra
     through_template = fields == ("messages",) or (fields == ("question", "answer") and bool(tokenizer.chat_template))
     if fields == ("messages",) and not tokenizer.chat_template:
         raise DataError("holds conversations", path=path, needed="a tokenizer with a chat template")
-    found, n_cut = [], 0
-    for number, record in records:
-        example = _example(_Line(path, number, record), fields, tokenizer, through_template)
-        n_cut += len(example.input_ids) > max_length
-        found.append(Example(example.input_ids[:max_length], example.labels[:max_length]))
-    kept = [example for example in found if any(label != IGNORED for label in example.labels[1:])]
+    whole = [_example(_Line(path, number, record), fields, tokenizer, through_template) for number, record in records]
+    cut = [Example(example.input_ids[:max_length], example.labels[:max_length]) for example in whole]
+    kept = [example for example in cut if _has_something_to_learn(example)]
+    if not kept and any(map(_has_something_to_learn, whole)):
+        found = f"no example has a token to learn within {max_length} tokens"
+        raise DataError(found, path=path, fix="give a larger --max-length")
     if not kept:
-        raise DataError(
-            f"no example has a token to learn within {max_length} tokens", path=path, fix="give a larger --max-length"
-        )
-    return TrainingData(kept, FORMS[fields], through_template, n_cut, len(found) - len(kept))
+        needed = "what an assistant says" if fields == ("messages",) else f"{fields[-1]}s that are not empty"
+        raise DataError("no example has a token to learn", path=path, needed=needed)
+    n_cut = sum(len(example.input_ids) > max_length for example in whole)
+    return TrainingData(kept, FORMS[fields], through_template, n_cut, len(whole) - len(kept))
 
 
 def collate(examples: Sequence[dict[str, list[int]]], padding: int = 0) -> dict[str, torch.Tensor]:
@@ -128,6 +128,7 @@ class _Line(NamedTuple):
         value = self.record[field]
         if not isinstance(value, str):
             raise self.error(f"has a field '{field}' that is {type(value).__name__}", "text")
+        self._check_unicode(value)
         return value
 
     def messages(self) -> list[dict[str, Any]]:
@@ -139,16 +140,26 @@ class _Line(NamedTuple):
             raise self.error("has a field 'messages' that is no list, or empty", "a list of messages")
         for message in found:
             for key in ("role", "content"):
-                if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                if not isinstance(message, dict) or key not in message:
                     raise self.error(f"has a message without a field '{key}'", "text")
+                if not isinstance(message[key], str):
+                    raise self.error(f"has a message whose '{key}' is {type(message[key]).__name__}", "text")
+                self._check_unicode(message[key])
             if message["role"] not in _ROLES:
                 raise self.error(f"has a message of role {message['role']!r}", "one of " + ", ".join(_ROLES))
         return found
 
+    def _check_unicode(self, text: str) -> None:
+        """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(f"holds half a character (\\u{ord(text[error.start]):04x})", "Unicode text") from error
+
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", path=path, fix="check the path") from error
     except UnicodeDecodeError as error:
@@ -159,10 +170,15 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"line {number} is not JSON ({error})", path=path) from error
+            reason = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"line {number} is not JSON ({reason})", path=path, needed="a JSON object") from error
         if not isinstance(record, dict):
             raise DataError(f"line {number} is {type(record).__name__}", path=path, needed="a JSON object")
         yield number, record
+
+
+def _has_something_to_learn(example: Example) -> bool:
+    return any(label != IGNORED for label in example.labels[1:])
 
 
 def _fields(path: Path, number: int, record: dict[str, Any]) -> tuple[str, ...]:
@@ -170,9 +186,9 @@ def _fields(path: Path, number: int, record: dict[str, Any]) -> tuple[str, ...]:
     for fields in FORMS:
         if all(field in record for field in fields):
             return fields
-    held = ", ".join(sorted(record)) or "no fields"
+    held = f"the fields {', '.join(sorted(record))}" if record else "no fields"
     forms = "; or ".join(" and ".join(fields) for fields in FORMS)
-    raise DataError(f"line {number} has the fields {held}", path=path, needed=forms)
+    raise DataError(f"line {number} has {held}", path=path, needed=forms)
 
 
 def _example(line: _Line, fields: tuple[str, ...], tokenizer: Any, through_template: bool) -> Example:

@@ -44,12 +44,16 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What was made: ``saved``, the loss of each step (step, nats a token), and the image of them, None without."""
+    """What was made: ``saved``, the loss of each step (step, nats a token), and the image of them.
+
+    ``curve`` is None where there is no image, and ``no_curve_because`` says why.
+    """
 
     saved: SaveReport
     plan: TrainingPlan
     losses: tuple[tuple[int, float], ...]
     curve: Path | None
+    no_curve_because: str | None = None
 
 
 def finetune(
@@ -76,7 +80,8 @@ def finetune(
 
     Raises:
         DataError: the data cannot be used.
-        OptionError: an interrupted run had other settings, or peft or accelerate are not installed.
+        OptionError: an interrupted run had other settings, peft or accelerate are not installed, an example is longer
+            than the model's positions, the loss is not finite, or a step does not fit the GPU's memory.
         AdapterError: the adapter's name is taken, or there is nothing to train.
         SalrError: the file is damaged, the output exists or cannot be written.
         KeyboardInterrupt: it was interrupted, after the step and a checkpoint.
@@ -87,22 +92,27 @@ def finetune(
     file = SalrFile(path)
     file.require_one_file("fine-tuning")
     with PartialOutput(out, force=force, fresh=fresh) as partial:
-        settings = {"file": _sha256(file.manifest.to_json()), "data": _digest(data), **options.recorded()}
+        base = _sha256(file.manifest.to_json())
+        settings = {"file": base, "data": _digest(data), "name": options.name, **options.recorded()}
         if partial.keep:
             _check_same(partial, settings)
         found = read_training_data(data, loading.load_tokenizer(path), options.max_length)
         model = _prepared(path.resolve(), options)
+        _check_positions(model.config, found)
         groups = param_groups(model, options.lr, options.residual_lr or "auto")
-        partial.folder.joinpath(_SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+        _record(partial, settings)
         plan = functools.partial(_plan, found, groups)
         told = events(lambda *steps: started(plan(*steps)), progress, lambda: setattr(partial, "keep", True))
         done = run(model, groups, found, options, partial.folder / _CHECKPOINTS, told)
-        saved = save(model, partial.data, settings={"data": settings["data"], **options.recorded()})
+        with PartialOutput(partial.data, force=True, fresh=True):
+            pass  # what a run that was killed while it wrote has left is gone
+        saved = save(model, partial.data, force=True, settings={"data": settings["data"], **options.recorded()})
         partial.commit()
     curve = out.with_name(out.name.removesuffix(".salr") + ".loss.png")
-    drawn = draw_loss_curve(curve, done.losses, f"{path.name} on {data.name}")
+    reason = draw_loss_curve(curve, done.losses, f"{path.name} on {data.name}")
     saved = replace(saved, path=out)
-    return FinetuneReport(saved, plan(done.n_steps, done.n_done), done.losses, curve if drawn else None)
+    told_at_last = plan(done.n_steps, done.n_done)
+    return FinetuneReport(saved, told_at_last, done.losses, None if reason else curve, reason)
 
 
 def _import_loop() -> Any:
@@ -138,9 +148,33 @@ def _prepared(path: Path, options: FinetuneOptions) -> Any:
     return tuned
 
 
+def _check_positions(config: Any, data: TrainingData) -> None:
+    longest = max(len(example.input_ids) for example in data.examples)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and longest > most:
+        found = f"an example of {longest} tokens"
+        raise OptionError(found, needed=f"the model's {most} positions at most", fix=f"give --max-length {most}")
+
+
 def _plan(data: TrainingData, groups: list[dict[str, Any]], n_steps: int, n_done: int) -> TrainingPlan:
     sizes = tuple((g["name"], sum(p.numel() for p in g["params"]), float(g["lr"])) for g in groups)
     return TrainingPlan(data, sizes, n_steps, n_done)
+
+
+def _record(partial: PartialOutput, settings: dict[str, Any]) -> None:
+    """Write what a run that goes on has to have in common with this one.
+
+    Raises:
+        OutputError: there is no room.
+    """
+    try:
+        partial.folder.joinpath(_SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write here ({error.strerror})",
+            path=partial.folder,
+            fix="free some space, or choose another output",
+        ) from error
 
 
 def _check_same(partial: PartialOutput, settings: dict[str, Any]) -> None:

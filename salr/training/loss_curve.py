@@ -8,15 +8,15 @@ from pathlib import Path
 _SMOOTHING = 0.1
 
 
-def draw_loss_curve(path: Path, losses: Sequence[tuple[int, float]], title: str) -> bool:
-    """Write a PNG of (step, loss), with an exponential mean; return False where matplotlib is not installed."""
+def draw_loss_curve(path: Path, losses: Sequence[tuple[int, float]], title: str) -> str | None:
+    """Write a PNG of (step, loss), with an exponential mean; where that cannot be, return why."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        return False
+        return "pip install 'salr[plot]' draws one"
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     smooth, mean = [], 0.0
     for count, value in enumerate(values, 1):
@@ -31,6 +31,10 @@ def draw_loss_curve(path: Path, losses: Sequence[tuple[int, float]], title: str)
         axes.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path)
+    except OSError as error:
+        if path.is_file():
+            path.unlink()
+        return f"{path} cannot be written ({error.strerror})"
     finally:
         pyplot.close(figure)
-    return True
+    return None

@@ -11,6 +11,9 @@ from typing import Any
 
 from ..formats.errors import OptionError
 
+#: numpy, which transformers seeds too, takes no larger one
+_LARGEST_SEED = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -49,11 +52,13 @@ class FinetuneOptions:
     save_every: int = 100
 
     def __post_init__(self) -> None:
-        counts = "batch", "accumulate", "max_steps", "save_every"
-        for name, least in (*((count, 1) for count in counts), ("max_length", 2), ("seed", 0)):
+        counts = "rank", "batch", "accumulate", "max_steps", "save_every"
+        for name, least in (*((count, 1) for count in counts), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name.replace('_', '-')} {value}", needed=f"{least} or more")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise OptionError(f"seed {self.seed}", needed=f"0 to {_LARGEST_SEED}")
         for name in ("lr", "residual_lr", "epochs"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -69,5 +74,5 @@ class FinetuneOptions:
         return parts if len(parts) > 1 or self.target != "all-linear" else self.target
 
     def recorded(self) -> dict[str, Any]:
-        """Return what shapes the result, for the manifest and for resuming."""
+        """Return what shapes the result besides the adapter's name, for the manifest and for resuming."""
         return {key: value for key, value in asdict(self).items() if key not in ("save_every", "name", "checkpointing")}

@@ -7,6 +7,7 @@ trained adapter leaves the packed product.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def prepare_for_training(
 
 def _check_numbers(rank: int | None, alpha: float | None, dropout: float) -> None:
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise OptionError(f"rank {rank!r}", needed="1 or more, or None to train an adapter of the file further")
+        raise OptionError(f"rank {rank!r}", needed="1 or more (None trains an adapter of the file further)")
     if alpha is not None and (not math.isfinite(alpha) or alpha == 0):
         raise OptionError(f"alpha {alpha!r}", needed="a finite number other than 0")
     if rank is None and alpha is not None:
@@ -105,7 +106,10 @@ def _trainable(model: Any) -> dict[str, SalrLinear]:
 
 def _check_residual(linears: Mapping[str, SalrLinear]) -> None:
     if not any(adapter.name == RESIDUAL for layer in linears.values() for adapter in layer.entry.adapters):
-        raise AdapterError("there is no residual to train", fix="train_residual=False, or convert again with --rank")
+        raise AdapterError(
+            "there is no residual to train",
+            fix="train LoRA alone (--freeze-residual, train_residual=False), or convert again with --rank",
+        )
 
 
 def _check_name(linears: Mapping[str, SalrLinear], name: str, is_there: bool) -> None:
@@ -129,12 +133,21 @@ def _targets(model: Any, linears: dict[str, SalrLinear], target: str | Sequence[
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = LoraConfig(target_modules=target if isinstance(target, str) else list(target))
-    found = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
-    if not found:
+    def matches(wanted: str | list[str]) -> list[str]:
+        config = LoraConfig(target_modules=wanted)
+        try:
+            return [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+        except re.error as error:
+            raise OptionError(f"target {wanted!r} is no regular expression ({error})") from error
+
+    parts = [target] if isinstance(target, str) else [[part] for part in target]
+    empty = [part for part in parts if not matches(part)]
+    if empty or not parts:
+        what = empty[0] if empty else list(target)
         raise AdapterError(
-            f"target {target!r} fits no layer of {type(model).__name__}", fix=f"for example {ALL_LINEAR!r}"
+            f"target {what!r} fits no layer of {type(model).__name__}", fix=f"for example {ALL_LINEAR!r}"
         )
+    found = matches(target if isinstance(target, str) else list(target))
     for name in found:
         if name not in linears:
             raise AdapterError(

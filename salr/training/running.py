@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import signal
 import threading
 import warnings
@@ -18,14 +19,16 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..formats.errors import OptionError
+from ..formats.errors import OptionError, OutputError
 from ..runtime.quiet import quiet_transformers
 from .data import TrainingData, collate
 from .options import FinetuneOptions
 
 WARMUP_SHARE = 0.03
+_WRITTEN_LAST = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,58 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         self._events.kept()
 
 
+class _Trainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose checkpoints are there whole or not at all."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch and safetensors have errors of their own for a full disk
+            free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+            shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ignore_errors=True)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OutputError(
+                f"a checkpoint cannot be written ({reason}; {free / 1e6:.1f} MB free)",
+                path=folder,
+                fix="free some space and give the same command again",
+            ) from error
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end; a killed run may leave half of one."""
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_WRITTEN_LAST}") if _is_state(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Turn torch's report of a full GPU into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            "the GPU has too little memory for a step",
+            fix="give --checkpointing, a smaller --batch with --accumulate, or a smaller --max-length",
+        ) from error
+
+
 def run(
     model: Any, groups: list[dict[str, Any]], data: TrainingData, options: FinetuneOptions, folder: Path, events: Events
 ) -> Run:
     """Train, from the last checkpoint in ``folder`` where there is one.
 
     Raises:
-        OptionError: the loss is not finite.
+        OptionError: the loss is not finite, or a step does not fit the GPU's memory.
+        OutputError: a checkpoint cannot be written.
         KeyboardInterrupt: Ctrl-C, after the step and a checkpoint; at once where it is pressed again.
     """
     watcher = _Watcher(events)
@@ -88,9 +136,9 @@ def run(
         warnings.filterwarnings("ignore", "Could not find a config file")  # peft looks for one beside the .salr file
         trainer = _trainer(model, groups, data, options, folder)
         trainer.add_callback(watcher)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        with _interruptible(watcher):
-            trainer.train(resume_from_checkpoint=last)
+        last = _last_checkpoint(folder)
+        with _interruptible(watcher), _memory_named():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     if not watcher.is_finite:
         raise OptionError(
@@ -133,7 +181,7 @@ def _trainer(
     examples = [example._asdict() for example in data.examples]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
     padding = getattr(model.config, "pad_token_id", None) or 0
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         arguments,
         data_collator=functools.partial(collate, padding=padding),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
+import torch
 from salr.formats.reader import SalrFile
 
 from salr.cli import console
@@ -60,6 +62,13 @@ def test_an_interrupted_run_goes_on_to_the_very_same_file(salr, fails, speaker, 
     assert not out.exists() and (tmp_path / "tuned.salr.partial").is_dir()
     line = fails(*command[:-1], 0.02)
     assert "the interrupted run had another lr (0.01, now 0.02); give the same again, or --fresh" in line
+    assert "the interrupted run had another name ('default', now 'other')" in fails(*command, "--name", "other")
+    checkpoints = tmp_path / "tuned.salr.partial" / "checkpoints"
+    half = shutil.copytree(checkpoints / "checkpoint-3", checkpoints / "checkpoint-5")  # a killed run's
+    (half / "trainer_state.json").write_text("{")
+    (tmp_path / "tuned.salr.partial" / "data").write_text("written, but not renamed")
+    (tmp_path / "tuned.salr.partial" / "data.partial").mkdir()
+    (tmp_path / "tuned.salr.partial" / "data.partial" / "data").write_text("half")
     result = salr(*command)
     assert result.exit_code == 0, result.output
     assert "going on after step 3" in result.stdout
@@ -110,7 +119,9 @@ def test_mistakes_are_one_line_and_leave_nothing(fails, speaker, data, whole, tm
         ((speaker, "--data", data, "-o", tmp_path / "o.bin"), "needed a file name ending in .salr"),
         ((speaker, "--data", data, "-o", whole[1]), "the output exists already"),
         ((speaker, "--data", data, "-o", out, "--batch", 0), "batch 0, needed 1 or more"),
+        ((speaker, "--data", data, "-o", out, "--rank", 0), "rank 0, needed 1 or more"),
         ((speaker, "--data", data, "-o", out, "--lr", 0), "lr 0.0, needed a finite number above 0"),
+        ((speaker, "--data", data, "-o", out, "--seed", 2**32), "seed 4294967296, needed 0 to 4294967295"),
         ((speaker, "--data", data, "-o", out, "--device", "tpu"), "device 'tpu', needed cpu or cuda"),
         ((speaker, "--data", data, "-o", out, "--target", "x_proj"), "fits no layer of LlamaForCausalLM"),
         ((whole[1], "--data", data, "-o", out), "adapter 'default' exists already; give another name"),
@@ -118,6 +129,42 @@ def test_mistakes_are_one_line_and_leave_nothing(fails, speaker, data, whole, tm
     ]:
         assert words in fails("finetune", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_beyond_the_models_positions_is_refused(fails, speaker, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "w1 " * 65}))
+    line = fails("finetune", speaker, "--data", path, "-o", tmp_path / "o.salr")
+    assert "an example of 65 tokens, needed the model's 64 positions at most; give --max-length 64" in line
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "words"),
+    [
+        (
+            "_save_optimizer_and_scheduler",
+            RuntimeError("unexpected pos 2 vs 1"),
+            "a checkpoint cannot be written (unexp",
+        ),
+        ("training_step", torch.OutOfMemoryError("tried 2 GiB"), "the GPU has too little memory for a step; give --ch"),
+    ],
+)
+def test_a_full_disk_and_a_full_gpu_are_one_line(salr, speaker, data, tmp_path, monkeypatch, method, error, words):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(f"transformers.Trainer.{method}", fail)
+    result = salr("finetune", speaker, "--data", data, "-o", tmp_path / "o.salr", *FAST, "--max-steps", 1)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and words in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_cannot_be_written_spoils_nothing(salr, speaker, data, tmp_path):
+    (tmp_path / "o.loss.png").mkdir()
+    result = salr("finetune", speaker, "--data", data, "-o", tmp_path / "o.salr", *FAST, "--max-steps", 1)
+    assert result.exit_code == 0, result.output
+    assert f"! No image of the losses: {tmp_path / 'o.loss.png'} cannot be written (Is a directory)." in result.stdout
+    assert salr("verify", tmp_path / "o.salr").exit_code == 0
 
 
 def test_a_run_that_diverges_stops_and_says_so(salr, speaker, data, tmp_path):

@@ -74,6 +74,10 @@ def test_long_examples_are_cut_and_those_with_nothing_left_to_learn_counted(read
         read(long, max_length=4)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(read):
+    assert read("\ufeff" + json.dumps({"text": "w1"})).examples == [([1, 9], [1, 9])]
+
+
 def test_a_batch_is_padded_without_loss():
     batch = collate([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}], padding=7)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
@@ -84,17 +88,21 @@ def test_a_batch_is_padded_without_loss():
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["{"], "line 1 is not JSON"),
+        (['{"text": w1}'], r"line 1 is not JSON \(Expecting value in column 10\), needed a JSON object"),
+        (["{}"], "line 1 has no fields, needed messages; or prompt and completion"),
         (["[1]"], "line 1 is list, needed a JSON object"),
         ([{"text": "w1"}, {"txt": "w1"}], "line 2 has no field 'text', needed the fields of the first line"),
         ([{"text": 3}], "line 1 has a field 'text' that is int, needed text"),
+        ([{"text": "w1 \ud800"}], r"line 1 holds half a character \(\\ud800\), needed Unicode text"),
+        ([{"messages": [{"role": "user", "content": ["w1"]}]}], "line 1 has a message whose 'content' is list, needed"),
         ([{"messages": []}], "line 1 has a field 'messages' that is no list, or empty"),
         ([{"messages": [{"role": "user"}]}], "line 1 has a message without a field 'content'"),
         (
             [{"messages": [{"role": "cat", "content": "w1"}]}],
             "line 1 has a message of role 'cat', needed one of system",
         ),
-        ([{"messages": [{"role": "user", "content": "w1"}]}], "no example has a token to learn"),
+        ([{"messages": [{"role": "user", "content": "w1"}]}], "no example has a token to learn, needed what an assist"),
+        ([{"text": ""}], "no example has a token to learn, needed texts that are not empty"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(read, lines, words):

@@ -144,6 +144,8 @@ def test_a_model_without_anything_trainable_is_refused(packed):
         ({"name": "residual"}, "adapter name 'residual', needed letters"),
         ({"name": "a.b"}, "adapter name 'a.b', needed letters"),
         ({"target": ["x_proj"]}, r"target \['x_proj'\] fits no layer of LlamaForCausalLM"),
+        ({"target": ["q_proj", "x_proj"]}, r"target \['x_proj'\] fits no layer of LlamaForCausalLM"),
+        ({"target": "("}, r"target '\(' is no regular expression \(missing \)"),
         (
             {"target": ["q_proj", "lm_head"]},
             "tensor 'lm_head': target .* fits a layer that is not packed, or an expert",
@@ -163,7 +165,7 @@ def test_what_makes_no_sense_is_refused_before_the_model_changes(packed, options
 
 def test_a_file_without_residual_says_so(llama, tmp_path):
     salr.convert(llama, tmp_path / "m.salr", salr.ConvertOptions(salr.ModuleOptions(0.5, 0), method="magnitude"))
-    with pytest.raises(AdapterError, match="no residual to train; train_residual=False, or convert again with --rank"):
+    with pytest.raises(AdapterError, match=r"no residual to train; train LoRA alone .*, or convert again with --rank"):
         prepared(tmp_path / "m.salr")
     assert len(salr.param_groups(prepared(tmp_path / "m.salr", train_residual=False), 1e-3)) == 1
 
