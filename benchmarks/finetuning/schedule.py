@@ -41,7 +41,11 @@ class Results:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a kill may have left part of a line
+            if whole != text:
+                path.write_text(whole)
+            self.rows = [json.loads(line) for line in whole.splitlines()]
         expected = None if protocol is None else asdict(protocol)
         if not self.rows and protocol is not None:
             self.add([{"kind": "protocol", **(expected or {})}])

@@ -128,7 +128,7 @@ class PackedModule(torch.nn.Module):
         int8 factors become float32, with each rank's scale split evenly between both.
 
         Raises:
-            LoadError: the module is offloaded.
+            LoadError: the module is offloaded, or the adapter is not active at its own scaling.
         """
         entry = next((adapter for adapter in self.entry.adapters if adapter.name == name), None)
         if entry is None:
@@ -136,6 +136,12 @@ class PackedModule(torch.nn.Module):
         lora_a, lora_b = self._factor("factor_A", name), self._factor("factor_B", name)
         if lora_a.is_meta:
             raise LoadError("an offloaded layer cannot be trained", tensor=name, fix="load the model on one device")
+        if self._active[name] != 1:
+            raise LoadError(
+                f"adapter '{name}' acts at {self._active[name]:g} of its scaling",
+                needed="1, so that training begins where the model is",
+                fix=f"model.set_adapters({{'{name}': 1}}) first",
+            )
         if self._is_int8(name):
             scale = self._factor("rank_scales", name)
             root = scale.abs().sqrt()
