@@ -144,7 +144,7 @@ def test_an_old_adapter_stays_and_can_be_trained_further(llama32, lora, train, t
         prepared(tmp_path / "m.salr", name="new", rank=None)
     halved = load(tmp_path / "m.salr")
     halved.set_adapters({"old": 0.5})
-    with pytest.raises(salr.SalrError, match="adapter 'old' acts at 0.5 of its scaling, needed 1"):
+    with pytest.raises(salr.SalrError, match=r"adapter 'old' acts at 0\.5 of its scaling, needed 1"):
         salr.prepare_for_training(halved, name="old", rank=None)
     first = prepared(tmp_path / "m.salr", name="new")
     train(first)
