@@ -57,6 +57,9 @@ def test_whichever_adapters_are_chosen_or_disabled_the_residual_acts_and_stays_t
     with torch.no_grad():
         mixed = tuned.eval()(input_ids=IDS, adapter_names=["__base__", "default"]).logits
     torch.testing.assert_close(mixed, torch.stack([expected[0], adapted[1]]), rtol=1e-4, atol=1e-5)
+    with tuned.disable_adapter(), torch.no_grad():
+        disabled = tuned(input_ids=IDS, adapter_names=["__base__", "default"]).logits
+    torch.testing.assert_close(disabled, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prepare", [salr.prepare_for_training, lambda model: get_peft_model(model, LoraConfig(r=2))])
