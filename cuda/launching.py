@@ -83,8 +83,7 @@ class Launch:
         if status == _INVALID_CONTEXT:
             make_current(torch.cuda.current_device())
             status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
-        if status:
-            raise CudaError(f"cuLaunchKernelEx: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 to find its cause")
+        _require(status, "cuLaunchKernelEx")
 
 
 def stream_of(tensor: torch.Tensor) -> int:
@@ -93,17 +92,25 @@ def stream_of(tensor: torch.Tensor) -> int:
 
 
 def make_current(device: int) -> None:
-    """Make a device's context, which torch uses too, this thread's own."""
-    context = ctypes.c_void_p(_context(device))
-    driver().cuCtxSetCurrent(context)
+    """Make a device's context, which torch uses too, this thread's own.
+
+    Raises:
+        CudaError: the driver's answer was not success.
+    """
+    _require(driver().cuCtxSetCurrent(ctypes.c_void_p(_context(device))), "cuCtxSetCurrent")
 
 
 @functools.cache
 def _context(device: int) -> int | None:
     context, number = ctypes.c_void_p(), ctypes.c_int()
-    driver().cuDeviceGet(ctypes.byref(number), device)
-    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+    _require(driver().cuDeviceGet(ctypes.byref(number), device), "cuDeviceGet")
+    _require(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), "cuDevicePrimaryCtxRetain")
     return context.value
+
+
+def _require(status: int, what: str) -> None:
+    if status:
+        raise CudaError(f"{what}: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 to find its cause")
 
 
 @functools.cache
