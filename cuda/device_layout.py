@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from .compilation import ENCODINGS, function
-from .launching import Launch
+from .launching import Launch, stream_of
 
 BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
 COLUMN_MULTIPLE = 128
@@ -211,4 +211,4 @@ def _launch(
     chosen = definitions(encoding, torch.bfloat16, SOURCE_HAS_BITMAP=has_bitmap)
     with torch.cuda.device(device):
         launch = Launch(function("lay_out.cu", name, chosen, device), grid, n_threads, 0, arguments, is_dependent=False)
-        launch(torch.cuda.current_stream(device).cuda_stream)
+        launch(stream_of(weight.values))

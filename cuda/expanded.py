@@ -38,7 +38,8 @@ class ExpandedProduct:
         self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
         #: whether x is copied beside u: it is not where y is smaller than x
         self._copies_x = factors is not None and weight.n_rows >= weight.padded_columns
-        self._buffer: torch.Tensor | None = None
+        #: kept for a graph that captured it, when a larger one takes its place
+        self._workspace: torch.Tensor | None = None
         self._whole: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,7 @@ class ExpandedProduct:
         buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
         if rows >= n_rows:
             return self._multiply(self._sides(x), self._whole_in(buffer), self._bias)
-        self._buffer = buffer  # a graph that captured it needs it even when a larger one takes its place
+        self._workspace = buffer
         sides, out = self._sides(x), x.new_empty(x.shape[0], n_rows)
         for start in range(0, n_rows, rows):
             part = slice(start, min(start + rows, n_rows))

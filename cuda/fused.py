@@ -128,8 +128,9 @@ class FusedProduct:
         self._capability = torch.cuda.get_device_capability(self.device)
         self._rounds = rounds_of_block(weight)
         self._block_steps = adapters.block_tiles if adapters else 0
-        none = torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
-        self._first_step = adapters.first_tile if adapters else none
+        self._first_step = (
+            adapters.first_tile if adapters else torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
+        )
         self._plans: dict[tuple[Tile, int], _Plan] = {}
         self._launches: dict[
             tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]

@@ -14,7 +14,7 @@ import torch
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
 
 RANKS_OF_TILE = 16
-#: the rank that the fused kernel takes: 16 tiles of 16
+#: the rank that the fused kernel takes: 16 tiles
 LARGEST_RANK = 256
 
 
@@ -46,8 +46,8 @@ def fragments(adapters: LowRank, dtype: torch.dtype) -> Fragments:
     """Return adapters in fragment order, rounded to ``dtype``."""
     rank, n_columns = adapters.lora_A.shape
     n_rows = adapters.lora_B.shape[0]
-    n_tiles, n_blocks = -(-rank // 16), -(-n_rows // BLOCK_ROWS)
-    missing = n_tiles * 16 - rank
+    n_tiles, n_blocks = -(-rank // RANKS_OF_TILE), -(-n_rows // BLOCK_ROWS)
+    missing = n_tiles * RANKS_OF_TILE - rank
     a = _padded(adapters.lora_A.to(dtype), missing, padded_columns(n_columns) - n_columns)
     b = _padded(adapters.lora_B.to(dtype), n_blocks * BLOCK_ROWS - n_rows, missing)
     scaling = torch.nn.functional.pad(adapters.scaling.float(), (0, missing)).contiguous()
@@ -75,5 +75,5 @@ def _b_order(b: torch.Tensor, n_blocks: int, n_tiles: int) -> torch.Tensor:
 def scaled_A(fragments: Fragments) -> torch.Tensor:
     """Return scaling * lora_A (ranks, K padded), read back from fragments and rounded once."""
     slabs = fragments.lora_A.view(-1, fragments.n_tiles, 4, 8, 4, 2, 2, 2)
-    a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(16 * fragments.n_tiles, -1)
+    a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(RANKS_OF_TILE * fragments.n_tiles, -1)
     return (a.float() * fragments.scaling[:, None]).to(a.dtype)

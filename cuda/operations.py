@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .launching import Launch
+from .launching import Launch, stream_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
@@ -134,7 +134,7 @@ def attend(
     group = q.shape[1] // n_kv_heads
     warps = max(w for w in (8, 4, 2) if w * group * columns * 4 <= _SHARED_BYTES)
     splits = _splits(q.device.index, sequences * n_kv_heads, capacity)
-    stream = torch.cuda.current_stream(q.device).cuda_stream
+    stream = stream_of(q)
     partial, sums, counters = _workspace(q.device, stream, sequences * n_kv_heads, splits, group * columns, group)
     y = q.new_empty(sequences, q.shape[1] * columns)
     pointers = (_address(t) for t in (q, k, v, slots, starts, y, partial, sums, counters))
@@ -192,4 +192,4 @@ def _launch(
     chosen = tuple({"HALF": int(x.dtype == torch.float16), **definitions}.items())
     with torch.cuda.device(x.device):
         handle = function(f"{name}.cu", name, chosen, x.device.index)
-        Launch(handle, grid, n_threads, shared_bytes, arguments)(torch.cuda.current_stream(x.device).cuda_stream)
+        Launch(handle, grid, n_threads, shared_bytes, arguments)(stream_of(x))

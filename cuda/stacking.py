@@ -14,10 +14,8 @@ import torch
 from .beside import FragmentFactors
 from .device_layout import BLOCK_ROWS, SlabWeight
 from .fused import FusedProduct
-from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
+from .low_rank import LARGEST_RANK, RANKS_OF_TILE, Fragments, LowRank, fragments
 from .semi_structured import many_rows
-
-_TILE = 16  # ranks
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,13 @@ def reason_not_stacked(layers: Sequence[Layer]) -> str | None:
     for name in ("n_columns", "encoding", "dtype", "pattern"):
         if any(getattr(layer.weight, name) != getattr(first, name) for layer in layers):
             return f"layers that differ in {name}"
-    rank = len(layers) * rank_tiles(layers) * _TILE
+    rank = len(layers) * rank_tiles(layers) * RANKS_OF_TILE
     return f"{rank} ranks in all (at most {LARGEST_RANK})" if rank > LARGEST_RANK else None
 
 
 def rank_tiles(layers: Sequence[Layer]) -> int:
     """Return the tiles of 16 ranks that each layer gets: those of the largest rank."""
-    return max(-(-layer.adapters.lora_A.shape[0] // _TILE) if layer.adapters else 0 for layer in layers)
+    return max(-(-layer.adapters.lora_A.shape[0] // RANKS_OF_TILE) if layer.adapters else 0 for layer in layers)
 
 
 def stack_slabs(weights: Sequence[SlabWeight]) -> SlabWeight:
@@ -93,7 +91,7 @@ def split_slabs(stacked: SlabWeight, n_rows: Sequence[int]) -> list[SlabWeight]:
 
 def padded_ranks(layer: Layer, n_tiles: int) -> Ranks:
     """Return a layer's adapters with ranks of zeros up to ``n_tiles`` tiles; all zeros where it has none."""
-    weight, rank = layer.weight, n_tiles * _TILE
+    weight, rank = layer.weight, n_tiles * RANKS_OF_TILE
     if layer.adapters is None:
         like = {"dtype": weight.dtype, "device": weight.slabs.device}
         return Ranks(

@@ -20,11 +20,12 @@ from ...formats.manifest import RESIDUAL, AdapterEntry, ModuleEntry, is_adapter_
 from ...formats.reader import SalrFile
 from ...formats.rewriting import Destination, rewriting
 from ..execution.packing import to_numpy
+from ..sources.checkpoint import FLOAT_TORCH_DTYPES
 from . import records
 from .editing import Progress, check_is_separate, check_new_name
 from .summary import AdapterSummary, summarize
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPES = {dtype: name for name, dtype in FLOAT_TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..converter.sources.checkpoint import sha256
 from ..formats.errors import OptionError, OutputError
 from ..formats.partial_output import PartialOutput
 from ..formats.reader import SalrFile
@@ -92,7 +93,7 @@ def finetune(
     file = SalrFile(path)
     file.require_one_file("fine-tuning")
     with PartialOutput(out, force=force, fresh=fresh) as partial:
-        base = _sha256(file.manifest.to_json())
+        base = hashlib.sha256(file.manifest.to_json()).hexdigest()
         settings = {"file": base, "data": _digest(data), "name": options.name, **options.recorded()}
         if partial.keep:
             _check_same(partial, settings)
@@ -202,10 +203,6 @@ def _check_same(partial: PartialOutput, settings: dict[str, Any]) -> None:
 
 def _digest(path: Path) -> str:
     try:
-        return _sha256(path.read_bytes())
+        return sha256(path)
     except OSError:
         return ""  # reading the examples tells it
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
