@@ -13,7 +13,7 @@ from . import naming
 from .container import TensorSpec
 from .errors import FormatError
 from .opening import open_checked
-from .rewriting import copy_tensor, module_tensor_names
+from .rewriting import copy_tensor
 from .sharding import INDEX_NAME, ShardSet
 from .writer import SalrWriter
 
@@ -64,7 +64,7 @@ def _shard_paths(source: Path) -> list[Path]:
 def _specs_in_order(shards: ShardSet) -> list[TensorSpec]:
     """Return every tensor in the order in which a conversion lists them, so that places agree."""
     modules = sorted(shards.manifest.modules.items(), key=lambda item: item[1].source_tensor)
-    names = [name for module, entry in modules for name in module_tensor_names(module, entry, shards.tensors)]
+    names = [name for module, entry in modules for name in naming.module_tensor_names(module, entry, shards.tensors)]
     others = sorted(set(shards.tensors) - set(names))
     assets = [name for name in others if name.startswith(naming.ASSET_PREFIX)]
     names += [name for name in others if not name.startswith(naming.ASSET_PREFIX)]

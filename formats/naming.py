@@ -5,6 +5,7 @@ Invariant: this is the only place that spells a tensor's name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from .bitmap import bitmap_width
@@ -88,3 +89,13 @@ def is_asset_name(name: str) -> bool:
         and not PurePosixPath(name).is_absolute()
         and all(part not in ("", ".", "..") for part in parts)
     )
+
+
+def module_tensor_names(module: str, entry: ModuleEntry, held: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names of a module's tensors in the order of a conversion; ``held`` tells which factors are int8."""
+    names = [spec.name for spec in module_specs(module, entry)]
+    for adapter in entry.adapters:
+        lora_a = lora_a_name(module, adapter.name)
+        names += [lora_a, lora_b_name(module, adapter.name)]
+        names += [rank_scales_name(module, adapter.name)] if held[lora_a].dtype == "I8" else []
+    return names

@@ -113,12 +113,7 @@ class SalrFile:
 
     def module_tensor_names(self, module: str) -> list[str]:
         """Return the names of all tensors of a packed module, adapters included."""
-        entry = self._entry(module)
-        names = [spec.name for spec in naming.module_specs(module, entry)]
-        for adapter in entry.adapters:
-            names += [naming.lora_a_name(module, adapter.name), naming.lora_b_name(module, adapter.name)]
-            names += [naming.rank_scales_name(module, adapter.name)] if self._is_int8(module, adapter.name) else []
-        return names
+        return naming.module_tensor_names(module, self._entry(module), self.tensors)
 
     def tensor(self, name: str) -> Array:
         """Return a tensor without a copy, read-only; BF16 as uint16, 8-bit floats as uint8.

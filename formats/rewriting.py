@@ -91,18 +91,9 @@ def _specs_in_order(
     """Return every tensor of the new file in the order in which a conversion lists them, so that places agree."""
     tensors = file.tensors
     by_place = sorted(modules, key=lambda module: tensors[naming.values_name(module)].begin)
-    names = [name for module in by_place for name in module_tensor_names(module, modules[module], {**tensors, **new})]
+    held = {**tensors, **new}
+    names = [name for module in by_place for name in naming.module_tensor_names(module, modules[module], held)]
     assets = [name for name in tensors if name.startswith(naming.ASSET_PREFIX)]
     names += sorted({*file.dense_tensors(), *(set(new) - set(names))})
     names += sorted(assets, key=lambda name: tensors[name].begin)
     return [new.get(name) or TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name in names]
-
-
-def module_tensor_names(module: str, entry: ModuleEntry, held: Mapping[str, TensorSpec]) -> list[str]:
-    """Return the names of a module's tensors in the order of a conversion; ``held`` tells which factors are int8."""
-    names = [spec.name for spec in naming.module_specs(module, entry)]
-    for adapter in entry.adapters:
-        lora_a = naming.lora_a_name(module, adapter.name)
-        names += [lora_a, naming.lora_b_name(module, adapter.name)]
-        names += [naming.rank_scales_name(module, adapter.name)] if held[lora_a].dtype == "I8" else []
-    return names
