@@ -1,7 +1,7 @@
 """What does fine-tuning on a packed base give, and what does it cost?
 
     python benchmarks/finetune.py quality --model DIR --data FOLDER --out results.jsonl [--work DIR] [--jobs 6]
-                                          [--time-limit SECONDS] [--only REGEX]
+                                          [--gpus 0 ...] [--time-limit SECONDS] [--only REGEX]
     python benchmarks/finetune.py cost [--shape llama-3-8b] [--tokens 1024 8192] [--out cost.jsonl]
     python benchmarks/finetune.py report --out results.jsonl
 
@@ -44,12 +44,18 @@ def quality(args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol)})
     results = Results(args.out, protocol)
-    environment = {"kind": "environment", "device": name_of(args.device), "jobs": args.jobs, **versions()}
+    environment = {
+        "kind": "environment",
+        "device": name_of(args.device),
+        "gpus": args.gpus,
+        "jobs": args.jobs,
+        **versions(),
+    }
     if environment not in results.rows:
         results.add([environment])
     variants = [variant for variant in VARIANTS if re.search(args.only, variant.name)]
     place = Place(args.model, args.data, work, args.device, protocol)
-    crew = Crew(place, results, variants, args.jobs, started + args.time_limit)
+    crew = Crew(place, results, variants, args.jobs, args.gpus, started + args.time_limit)
     done = crew.work()
     print(f"{'all runs are made' if done else 'runs are left'}, {time.monotonic() - started:.0f} s", flush=True)
     print_report(results)
@@ -72,6 +78,9 @@ def parsed() -> argparse.Namespace:
     runs.add_argument("--out", type=Path, required=True)
     runs.add_argument("--work", type=Path, help="where converted bases are kept; beside --out by default")
     runs.add_argument("--jobs", type=int, default=6, help="processes at once")
+    runs.add_argument(
+        "--gpus", nargs="+", default=["0"], help="numbers of GPUs that the processes share; a run uses one"
+    )
     runs.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     runs.add_argument("--only", default="", help="variants whose name matches this regular expression")
     runs.add_argument("--device", default=device)

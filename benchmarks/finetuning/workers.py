@@ -1,7 +1,7 @@
-"""Worker processes that share one device and take tasks one by one.
+"""Worker processes that share the machine's GPUs and take tasks one by one.
 
-A small model's step is bound by launching kernels, so several processes at once keep the device busier than one. A
-worker loads libraries and data once, and keeps the model of its last run for the next one of the same kind.
+A small model's step is bound by launching kernels, so several processes at once keep a GPU busier than one. A
+worker stays on one GPU, loads libraries and data once, and keeps the model of its last run for the next of its kind.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Worker:
 
     process: Any
     inbox: Any
+    gpu: str
     task: Task | None = None
     holds: Any = None
 
@@ -85,6 +86,7 @@ class Crew:
     results: Results
     variants: Sequence[Variant]
     jobs: int
+    gpus: Sequence[str]
     deadline: float
     workers: dict[int, Worker] = field(default_factory=dict)
     attempts: dict[tuple[Any, ...], int] = field(default_factory=dict)
@@ -132,12 +134,14 @@ class Crew:
         return left
 
     def hire(self, context: Any, outbox: Any) -> Worker:
-        """Start one more worker."""
+        """Start one more worker, on the GPU that has fewest."""
         inbox = context.Queue()
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        gpu = min(self.gpus, key=[worker.gpu for worker in self.workers.values()].count)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read by the process when it begins; this one has read it long ago
         process = context.Process(target=serve, args=(self.place, threads, inbox, outbox), daemon=True)
         process.start()
-        worker = self.workers[process.pid] = Worker(process, inbox)
+        worker = self.workers[process.pid] = Worker(process, inbox, gpu)
         return worker
 
     def receive(self, pid: int, rows: list[dict[str, Any]], reason: str | None) -> None:
