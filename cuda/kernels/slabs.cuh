@@ -42,6 +42,11 @@ __device__ const float NF4[16] = {  // QLoRA's code book; code 7 is 0
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 #endif
 
+// Two weights times their row's scale, rounded; where weights have none, as they are.
+DEVICE u32 scaled(u32 pair, float scale) {
+  return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
+}
+
 // The two codes of a byte as two 16-bit floats, for all bytes, each 32 times, so that a lane stays in its own bank: 32 KB
 // of shared memory, none for other encodings.
 constexpr int TABLE_WORDS = ENCODING == DENSE4 ? 256 * 32 : 1;

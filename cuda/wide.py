@@ -1,0 +1,196 @@
+"""Products with many rows of x whose weights are decoded into registers and multiplied there: no dense weight in memory.
+
+Invariant: a product is one launch for x's order, one for u, one for the product, and one more where the columns of W were
+split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .compilation import function
+from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
+from .launching import Launch, stream_of
+from .low_rank import RANKS_OF_TILE, Fragments
+
+CAPABILITY = (9, 0)
+_THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
+_MOST_STAGES, _MOST_SPLITS = 16, 8
+_X_BYTES = 64 << 20  # of x in its new order at a time
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut: 8 * NT rows of x a tile, the columns of W in ``splits`` runs."""
+
+    NT: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of x in a tile."""
+        return 8 * self.NT
+
+
+#: NT of the shapes that are launched
+TILES_OF_ROWS = (16, 32)
+#: microseconds of a slab's products by NT, of an item beside them, of adding split items, and bytes of these a microsecond
+_SLAB_US, _ITEM_US, _SPLIT_US, _SPLIT_BYTES = {16: 0.42, 32: 0.68}, 1.5, 4.0, 3e6
+
+
+@functools.cache
+def shape_for(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> Shape:
+    """Return how to cut a product, by an estimate of its time."""
+    candidates = [Shape(nt, splits) for nt in TILES_OF_ROWS for splits in range(1, min(_MOST_SPLITS, n_slabs) + 1)]
+    return min(candidates, key=lambda shape: estimate(shape, batch, n_row_blocks, n_slabs, clusters))
+
+
+def estimate(shape: Shape, batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+    """Return microseconds, about."""
+    tiles = -(-batch // shape.rows) * n_row_blocks
+    rounds = -(-tiles * shape.splits // clusters)
+    work = rounds * (-(-n_slabs // shape.splits) * _SLAB_US[shape.NT] + _ITEM_US)
+    added = tiles * shape.splits * BLOCK_ROWS * shape.rows * 8
+    return work + (_SPLIT_US + added / _SPLIT_BYTES if shape.splits > 1 else 0.0)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("slabs", "halves", "lora_b", "first_step", "x", "u", "bias", "y", "partial")
+    ) + tuple(
+        (name, ctypes.c_int)
+        for name in (
+            "n_rows", "batch", "slabs_per_block", "block_steps", "u_steps", "n_row_blocks", "n_m_tiles", "splits",
+            "x_at", "stage_bytes", "stages",
+        )
+    )  # fmt: skip
+
+
+class WideProduct:
+    """y = x W^T + u B^T + bias, u = x scaled_A^T, for x (M, K padded) of any M.
+
+    Args:
+        weight: the slabs, on a GPU of compute capability 9.0.
+        adapters: in fragment order, or None.
+        scaled_A: scaling * lora_A (ranks, K padded) where there are adapters.
+        bias: (N,) float32, or None.
+    """
+
+    def __init__(
+        self,
+        weight: SlabWeight,
+        adapters: Fragments | None,
+        scaled_A: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self.weight, self._adapters, self._scaled_A, self._bias = weight, adapters, scaled_A, bias
+        device = weight.slabs.device
+        properties: Any = torch.cuda.get_device_properties(device)
+        self._clusters = properties.multi_processor_count // 2
+        self._shared_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding)
+        self._halves = halves(weight)
+        begins = self._halves.to(torch.int64)
+        largest = 16 * int((begins[1:] - begins[:-1]).max()) + _HEADER_BYTES
+        self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
+        self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
+        self._arrange = _Arrangement(weight, self._ranks)
+        self._launches: dict[int, tuple[_Arguments, Launch, Launch]] = {}
+
+    def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
+        """Return the product (M, N) of x (M, K padded), contiguous, in its dtype; ``shape`` as estimated best."""
+        out = x.new_empty(x.shape[0], self.weight.n_rows)
+        most = max(BLOCK_ROWS, _X_BYTES // (2 * x.shape[1]) // BLOCK_ROWS * BLOCK_ROWS)
+        for start in range(0, x.shape[0], most):
+            self._multiply(x[start : start + most], out[start : start + most], shape)
+        return out
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor, shape: Shape | None) -> None:
+        batch, weight, stream = x.shape[0], self.weight, stream_of(x)
+        shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self._clusters)
+        u = None if self._scaled_A is None else x @ self._scaled_A.T
+        n_tiles = -(-batch // shape.rows)
+        arranged, arranged_u = self._arrange(x, u, n_tiles, shape.rows, stream)
+        items = n_tiles * weight.n_row_blocks * shape.splits
+        arguments, launch, add = self._launch(shape.NT)
+        arguments.x, arguments.y, arguments.batch = arranged.data_ptr(), out.data_ptr(), batch
+        arguments.u = None if arranged_u is None else arranged_u.data_ptr()
+        arguments.n_m_tiles, arguments.splits = n_tiles, shape.splits
+        if shape.splits > 1:
+            partial = torch.empty(items * BLOCK_ROWS * shape.rows, dtype=torch.float32, device=x.device)
+            arguments.partial = partial.data_ptr()
+        launch.over(2 * min(items, self._clusters))(stream)
+        if shape.splits > 1:
+            add.over(-(-items // shape.splits * 16 * (shape.NT // 4) // 8))(stream)
+
+    def _launch(self, nt: int) -> tuple[_Arguments, Launch, Launch]:
+        """Return the launches for tiles of 8 * ``nt`` rows, and the arguments that they share."""
+        found = self._launches.get(nt)
+        if found is None:
+            found = self._launches[nt] = self._made(nt)
+        return found
+
+    def _made(self, nt: int) -> tuple[_Arguments, Launch, Launch]:
+        weight, adapters = self.weight, self._adapters
+        stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
+        stages = min(_MOST_STAGES, self._shared_bytes // stage_bytes)
+        arguments = _Arguments(
+            slabs=weight.slabs.data_ptr(), halves=self._halves.data_ptr(),
+            lora_b=adapters.lora_B.data_ptr() if adapters else None,
+            first_step=adapters.first_tile.data_ptr() if adapters else None,
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            n_rows=weight.n_rows, slabs_per_block=weight.n_slabs, block_steps=adapters.block_tiles if adapters else 0,
+            u_steps=self._ranks // RANKS_OF_TILE, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
+            stage_bytes=stage_bytes, stages=stages,
+        )  # fmt: skip
+        chosen = definitions(weight.encoding, weight.dtype, NT=nt)
+        device = weight.slabs.device.index
+        launch = Launch(
+            function("wide_linear.cu", "wide_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,
+            [arguments],
+        )  # fmt: skip
+        add = Launch(function("wide_linear.cu", "add_splits", chosen, device), (1, 1, 1), 256, 0, [arguments])
+        return arguments, launch, add
+
+
+def halves(weight: SlabWeight) -> torch.Tensor:
+    """Return where each slab's units 0 and 8 begin, and where the last one's would, (2 * slabs + 1,) int32 in 16 bytes."""
+    starts = weight.offsets.to(torch.int64)
+    eighth = weight.slabs.view(torch.int16)[starts[:-1] * 8 + 8].to(torch.int64)
+    first = starts + _HEADER_BYTES // 16
+    begins = torch.stack([first[:-1], starts[:-1] + eighth], 1).flatten()
+    return torch.cat([begins, first[-1:]]).to(torch.int32)
+
+
+class _Arrangement:
+    """The launch that puts x and u in the order of asynchronous products, by tiles of rows."""
+
+    def __init__(self, weight: SlabWeight, ranks: int) -> None:
+        self._n_slabs, self._ranks = weight.n_slabs, ranks
+        self._blocks = weight.n_slabs + -(-ranks // 64)
+        self._x, self._u, self._x_to, self._u_to = (ctypes.c_void_p() for _ in range(4))
+        self._batch, self._rows = ctypes.c_int(), ctypes.c_int()
+        arguments = [
+            self._x, self._u, self._x_to, self._u_to, self._batch, self._rows, ctypes.c_int(weight.n_slabs),
+            ctypes.c_int(ranks),
+        ]  # fmt: skip
+        handle = function("arrange_x.cu", "arrange_tiles", (), weight.slabs.device.index)
+        self._launch = Launch(handle, (1, 1, 1), 256, 0, arguments)
+
+    def __call__(
+        self, x: torch.Tensor, u: torch.Tensor | None, n_tiles: int, rows: int, stream: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x (M, K padded) and u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
+        x_to = x.new_empty(n_tiles * rows, x.shape[1])
+        u_to = None if u is None else u.new_empty(n_tiles * rows, self._ranks)
+        self._x.value, self._x_to.value = x.data_ptr(), x_to.data_ptr()
+        self._u.value = None if u is None else u.data_ptr()
+        self._u_to.value = None if u_to is None else u_to.data_ptr()
+        self._batch.value, self._rows.value = x.shape[0], rows
+        self._launch.over(self._blocks, -(-x.shape[0] // 32))(stream)
+        return x_to, u_to
