@@ -20,16 +20,24 @@ from .low_rank import RANKS_OF_TILE, Fragments
 
 CAPABILITY = (9, 0)
 _THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
-_MOST_STAGES, _MOST_SPLITS = 16, 8
+_MOST_STAGES = 16
+VARIANT = 0
 _X_BYTES = 64 << 20  # of x in its new order at a time
+
+
+#: NT of the shapes that are launched: 8 * NT rows of x a tile
+TILES_OF_ROWS = (16, 32)
+#: microseconds of a slab's products by NT, of what is done once for a tile, of adding split tiles
+_SLAB_US, _TILE_US, _SPLIT_US = {16: 0.35, 32: 0.65}, {16: 1.5, 32: 2.5}, 6.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is cut: 8 * NT rows of x a tile, the columns of W in ``splits`` runs."""
+    """How a product is cut: tiles of 8 * NT rows of x, of which ``n_whole`` are not split among clusters."""
 
     NT: int
-    splits: int
+    n_tiles: int
+    n_whole: int
 
     @property
     def rows(self) -> int:
@@ -37,26 +45,22 @@ class Shape:
         return 8 * self.NT
 
 
-#: NT of the shapes that are launched
-TILES_OF_ROWS = (16, 32)
-#: microseconds of a slab's products by NT, of an item beside them, of adding split items, and bytes of these a microsecond
-_SLAB_US, _ITEM_US, _SPLIT_US, _SPLIT_BYTES = {16: 0.42, 32: 0.68}, 1.5, 4.0, 3e6
-
-
 @functools.cache
 def shape_for(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> Shape:
     """Return how to cut a product, by an estimate of its time."""
-    candidates = [Shape(nt, splits) for nt in TILES_OF_ROWS for splits in range(1, min(_MOST_SPLITS, n_slabs) + 1)]
-    return min(candidates, key=lambda shape: estimate(shape, batch, n_row_blocks, n_slabs, clusters))
+    candidates = []
+    for nt in TILES_OF_ROWS:
+        n_tiles = -(-batch // (8 * nt)) * n_row_blocks
+        candidates += [Shape(nt, n_tiles, n_tiles), Shape(nt, n_tiles, n_tiles // clusters * clusters)]
+    return min(candidates, key=lambda shape: estimate(shape, n_slabs, clusters))
 
 
-def estimate(shape: Shape, batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+def estimate(shape: Shape, n_slabs: int, clusters: int) -> float:
     """Return microseconds, about."""
-    tiles = -(-batch // shape.rows) * n_row_blocks
-    rounds = -(-tiles * shape.splits // clusters)
-    work = rounds * (-(-n_slabs // shape.splits) * _SLAB_US[shape.NT] + _ITEM_US)
-    added = tiles * shape.splits * BLOCK_ROWS * shape.rows * 8
-    return work + (_SPLIT_US + added / _SPLIT_BYTES if shape.splits > 1 else 0.0)
+    rounds = -(-shape.n_whole // clusters)
+    whole_us = rounds * (n_slabs * _SLAB_US[shape.NT] + _TILE_US[shape.NT])
+    split = shape.n_tiles - shape.n_whole
+    return whole_us + (split / clusters * n_slabs * _SLAB_US[shape.NT] + _SPLIT_US if split else 0.0)
 
 
 class _Arguments(ctypes.Structure):
@@ -66,7 +70,7 @@ class _Arguments(ctypes.Structure):
     ) + tuple(
         (name, ctypes.c_int)
         for name in (
-            "n_rows", "batch", "slabs_per_block", "block_steps", "u_steps", "n_row_blocks", "n_m_tiles", "splits",
+            "n_rows", "batch", "slabs_per_block", "block_steps", "u_steps", "n_row_blocks", "n_m_tiles", "n_whole",
             "x_at", "stage_bytes", "stages",
         )
     )  # fmt: skip
@@ -100,7 +104,7 @@ class WideProduct:
         self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
         self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
         self._arrange = _Arrangement(weight, self._ranks)
-        self._launches: dict[int, tuple[_Arguments, Launch, Launch]] = {}
+        self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
         """Return the product (M, N) of x (M, K padded), contiguous, in its dtype; ``shape`` as estimated best."""
@@ -114,28 +118,30 @@ class WideProduct:
         batch, weight, stream = x.shape[0], self.weight, stream_of(x)
         shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self._clusters)
         u = None if self._scaled_A is None else x @ self._scaled_A.T
-        n_tiles = -(-batch // shape.rows)
-        arranged, arranged_u = self._arrange(x, u, n_tiles, shape.rows, stream)
-        items = n_tiles * weight.n_row_blocks * shape.splits
-        arguments, launch, add = self._launch(shape.NT)
+        n_m_tiles = shape.n_tiles // weight.n_row_blocks
+        arranged, arranged_u = self._arrange(x, u, n_m_tiles, shape.rows, stream)
+        arguments, clusters, launch, add = self._launch(shape.NT)
         arguments.x, arguments.y, arguments.batch = arranged.data_ptr(), out.data_ptr(), batch
         arguments.u = None if arranged_u is None else arranged_u.data_ptr()
-        arguments.n_m_tiles, arguments.splits = n_tiles, shape.splits
-        if shape.splits > 1:
-            partial = torch.empty(items * BLOCK_ROWS * shape.rows, dtype=torch.float32, device=x.device)
+        arguments.n_m_tiles, arguments.n_whole = n_m_tiles, shape.n_whole
+        split = shape.n_tiles - shape.n_whole
+        clusters.value = min(self._clusters, shape.n_whole + split * weight.n_slabs // 2)
+        if split:
+            n_floats = 2 * clusters.value * BLOCK_ROWS * shape.rows
+            partial = torch.empty(n_floats, dtype=torch.float32, device=x.device)
             arguments.partial = partial.data_ptr()
-        launch.over(2 * min(items, self._clusters))(stream)
-        if shape.splits > 1:
-            add.over(-(-items // shape.splits * 16 * (shape.NT // 4) // 8))(stream)
+        launch.over(2 * clusters.value)(stream)
+        if split:
+            add.over(-(-split * 16 * (shape.NT // 4) // 8))(stream)
 
-    def _launch(self, nt: int) -> tuple[_Arguments, Launch, Launch]:
+    def _launch(self, nt: int) -> tuple[_Arguments, ctypes.c_int, Launch, Launch]:
         """Return the launches for tiles of 8 * ``nt`` rows, and the arguments that they share."""
         found = self._launches.get(nt)
         if found is None:
             found = self._launches[nt] = self._made(nt)
         return found
 
-    def _made(self, nt: int) -> tuple[_Arguments, Launch, Launch]:
+    def _made(self, nt: int) -> tuple[_Arguments, ctypes.c_int, Launch, Launch]:
         weight, adapters = self.weight, self._adapters
         stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
         stages = min(_MOST_STAGES, self._shared_bytes // stage_bytes)
@@ -148,14 +154,15 @@ class WideProduct:
             u_steps=self._ranks // RANKS_OF_TILE, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
             stage_bytes=stage_bytes, stages=stages,
         )  # fmt: skip
-        chosen = definitions(weight.encoding, weight.dtype, NT=nt)
+        chosen = definitions(weight.encoding, weight.dtype, NT=nt, VARIANT=VARIANT)
         device = weight.slabs.device.index
         launch = Launch(
             function("wide_linear.cu", "wide_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,
             [arguments],
         )  # fmt: skip
-        add = Launch(function("wide_linear.cu", "add_splits", chosen, device), (1, 1, 1), 256, 0, [arguments])
-        return arguments, launch, add
+        clusters = ctypes.c_int()
+        handle = function("wide_linear.cu", "add_splits", chosen, device)
+        return arguments, clusters, launch, Launch(handle, (1, 1, 1), 256, 0, [arguments, clusters])
 
 
 def halves(weight: SlabWeight) -> torch.Tensor:
