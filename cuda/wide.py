@@ -21,7 +21,6 @@ from .low_rank import RANKS_OF_TILE, Fragments
 CAPABILITY = (9, 0)
 _THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
 _MOST_STAGES = 16
-VARIANT = 0
 _X_BYTES = 64 << 20  # of x in its new order at a time
 
 
@@ -154,7 +153,7 @@ class WideProduct:
             u_steps=self._ranks // RANKS_OF_TILE, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
             stage_bytes=stage_bytes, stages=stages,
         )  # fmt: skip
-        chosen = definitions(weight.encoding, weight.dtype, NT=nt, VARIANT=VARIANT)
+        chosen = definitions(weight.encoding, weight.dtype, NT=nt)
         device = weight.slabs.device.index
         launch = Launch(
             function("wide_linear.cu", "wide_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,

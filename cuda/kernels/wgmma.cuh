@@ -62,22 +62,6 @@ DEVICE void wgmma(float (&d)[NT][4], const u32 (&a)[4], u64 x) {
 #endif
 }
 
-#if NT >= 16
-#define ONE_OF_TWO(columns, sums, a0, a1, a2, a3, x_at) \
-  "wgmma.mma_async.sync.aligned.m64n" columns "k16." WGMMA_TYPES " {" sums "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" x_at ", p, 1, 1, 0;\n"
-DEVICE void wgmma_twice(float (&d)[NT][4], const u32 (&a)[4], u64 x, const u32 (&b)[4], u64 z) {
-#if NT == 16
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.fence.sync.aligned;\n"
-      ONE_OF_TWO("128", SUMS_64, "64", "65", "66", "67", "68") ONE_OF_TWO("128", SUMS_64, "69", "70", "71", "72", "73")
-      "wgmma.commit_group.sync.aligned;\n}" : SIXTEEN_TILES(d, 0) : FROM(a, x), FROM(b, z) : "memory");
-#else
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.fence.sync.aligned;\n"
-      ONE_OF_TWO("256", SUMS_128, "128", "129", "130", "131", "132") ONE_OF_TWO("256", SUMS_128, "133", "134", "135", "136", "137")
-      "wgmma.commit_group.sync.aligned;\n}" : SIXTEEN_TILES(d, 0), SIXTEEN_TILES(d, 16) : FROM(a, x), FROM(b, z) : "memory");
-#endif
-}
-#endif
-
 // The accumulators are what the products before left: for the compiler, which does not see them being written.
 DEVICE void wgmma_done(float (&d)[NT][4]) {
 #pragma unroll

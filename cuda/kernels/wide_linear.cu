@@ -10,9 +10,6 @@
 #ifndef NT
 #define NT 32  // tiles of 8 rows of x
 #endif
-#ifndef VARIANT
-#define VARIANT 0
-#endif
 #include "wgmma.cuh"
 #include "rows_of_y.cuh"
 
@@ -235,14 +232,10 @@ DEVICE void multiply_pair(const Opened& slab, int pair, u32 (&a)[2][4], Tiles& s
   slab.unit.fragments(pair, lane, a, table);
 #pragma unroll
   for (int i = 0; i < 8; i++) a[i / 4][i % 4] = scaled(a[i / 4][i % 4], i % 2 ? slab.lower : slab.upper);
-#if VARIANT & 1
-  wgmma_twice(sum, a[0], x_descriptor(slab.x + 4 * pair * CHUNK_BYTES), a[1], x_descriptor(slab.x + (4 * pair + 2) * CHUNK_BYTES));
-#else
   wgmma_fence();
   wgmma(sum, a[0], x_descriptor(slab.x + 4 * pair * CHUNK_BYTES));
   wgmma(sum, a[1], x_descriptor(slab.x + (4 * pair + 2) * CHUNK_BYTES));
   wgmma_commit();
-#endif
   wgmma_wait<1>();
 }
 
@@ -258,13 +251,8 @@ struct Slabs {
   DEVICE void multiply(const Opened& now, Opened& next, bool has_next, u32 (&a)[2][2][4]) {
     multiply_pair(now, 0, a[0], sum, lane, table);
     held.release(lane);
-#if VARIANT & 2
-    multiply_pair(now, 1, a[1], sum, lane, table);
-    open(next, has_next);
-#else
     open(next, has_next);
     multiply_pair(now, 1, a[1], sum, lane, table);
-#endif
     held.bar = now.empty_bar;
   }
   // `n` is even.
