@@ -1,7 +1,7 @@
-"""Products with many rows of x whose weights are decoded into registers and multiplied there: no dense weight in memory.
+"""Products with many rows of x: weights are decoded into registers and multiplied there, never dense in memory.
 
-Invariant: a product is one launch for x's order, one for u, one for the product, and one more where the columns of W were
-split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
+Invariant: a product is one launch for u, one for x's order, one for the product, and one more where the columns of W
+were split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _X_BYTES = 64 << 20  # of x in its new order at a time
 
 #: NT of the shapes that are launched: 8 * NT rows of x a tile
 TILES_OF_ROWS = (16, 32)
-#: microseconds of a slab's products by NT, of what is done once for a tile, of adding split tiles
-_SLAB_US, _TILE_US, _SPLIT_US = {16: 0.35, 32: 0.65}, {16: 1.5, 32: 2.5}, 6.0
+#: microseconds, measured on an H100 and an H200: of a slab's products by NT, and more for each tile of x that is on its
+#: way; of all that is done once; of adding split tiles
+_SLAB_US, _LATER_US, _MOST_LATER = {16: 0.66, 32: 0.80}, 0.04, 6
+_ONCE_US, _SPLIT_US = {16: 19.0, 32: 20.0}, {16: 6.0, 32: 9.0}
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,20 @@ def shape_for(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> Sha
     for nt in TILES_OF_ROWS:
         n_tiles = -(-batch // (8 * nt)) * n_row_blocks
         candidates += [Shape(nt, n_tiles, n_tiles), Shape(nt, n_tiles, n_tiles // clusters * clusters)]
-    return min(candidates, key=lambda shape: estimate(shape, n_slabs, clusters))
+    return min(candidates, key=lambda shape: _estimate(shape, n_row_blocks, n_slabs, clusters))
 
 
-def estimate(shape: Shape, n_slabs: int, clusters: int) -> float:
-    """Return microseconds, about."""
-    rounds = -(-shape.n_whole // clusters)
-    whole_us = rounds * (n_slabs * _SLAB_US[shape.NT] + _TILE_US[shape.NT])
+def estimated_us(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+    """Return about how long a product takes."""
+    return _estimate(shape_for(batch, n_row_blocks, n_slabs, clusters), n_row_blocks, n_slabs, clusters)
+
+
+def _estimate(shape: Shape, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+    later = min(shape.n_tiles // n_row_blocks, _MOST_LATER) * _LATER_US if shape.NT == 32 else 0.0
+    tile_us = n_slabs * (_SLAB_US[shape.NT] + later)
     split = shape.n_tiles - shape.n_whole
-    return whole_us + (split / clusters * n_slabs * _SLAB_US[shape.NT] + _SPLIT_US if split else 0.0)
+    us = _ONCE_US[shape.NT] + -(-shape.n_whole // clusters) * tile_us
+    return us + (split / clusters * tile_us + _SPLIT_US[shape.NT] if split else 0.0)
 
 
 class _Arguments(ctypes.Structure):
@@ -95,7 +102,8 @@ class WideProduct:
         self.weight, self._adapters, self._scaled_A, self._bias = weight, adapters, scaled_A, bias
         device = weight.slabs.device
         properties: Any = torch.cuda.get_device_properties(device)
-        self._clusters = properties.multi_processor_count // 2
+        #: pairs of thread blocks that run at the same time
+        self.clusters = properties.multi_processor_count // 2
         self._shared_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding)
         self._halves = halves(weight)
         begins = self._halves.to(torch.int64)
@@ -115,7 +123,7 @@ class WideProduct:
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor, shape: Shape | None) -> None:
         batch, weight, stream = x.shape[0], self.weight, stream_of(x)
-        shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self._clusters)
+        shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
         u = None if self._scaled_A is None else x @ self._scaled_A.T
         n_m_tiles = shape.n_tiles // weight.n_row_blocks
         arranged, arranged_u = self._arrange(x, u, n_m_tiles, shape.rows, stream)
@@ -124,7 +132,7 @@ class WideProduct:
         arguments.u = None if arranged_u is None else arranged_u.data_ptr()
         arguments.n_m_tiles, arguments.n_whole = n_m_tiles, shape.n_whole
         split = shape.n_tiles - shape.n_whole
-        clusters.value = min(self._clusters, shape.n_whole + split * weight.n_slabs // 2)
+        clusters.value = min(self.clusters, shape.n_whole + split * weight.n_slabs // 2)
         if split:
             n_floats = 2 * clusters.value * BLOCK_ROWS * shape.rows
             partial = torch.empty(n_floats, dtype=torch.float32, device=x.device)
@@ -165,7 +173,7 @@ class WideProduct:
 
 
 def halves(weight: SlabWeight) -> torch.Tensor:
-    """Return where each slab's units 0 and 8 begin, and where the last one's would, (2 * slabs + 1,) int32 in 16 bytes."""
+    """Return where each slab's units 0 and 8 begin, and the end, (2 * slabs + 1,) int32 in units of 16 bytes."""
     starts = weight.offsets.to(torch.int64)
     eighth = weight.slabs.view(torch.int16)[starts[:-1] * 8 + 8].to(torch.int64)
     first = starts + _HEADER_BYTES // 16
