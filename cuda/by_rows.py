@@ -36,7 +36,7 @@ class ProductByRows:
     def __init__(
         self, weight: SlabWeight, order: Fragments | None, factors: Factors | None, bias: torch.Tensor | None
     ) -> None:
-        self.weight, self._order, self._factors = weight, order, factors
+        self.weight, self._order = weight, order
         self._wide_bias = None if bias is None else bias.float().contiguous()
         self._has_kernels = order is not None or factors is None
         self._fused = FusedProduct(weight, order, self._wide_bias) if self._has_kernels else None
@@ -62,8 +62,7 @@ class ProductByRows:
 
     @functools.cached_property
     def _wide(self) -> WideProduct:
-        scaled = None if self._factors is None else self._factors.scaled_A
-        return WideProduct(self.weight, self._order, scaled, self._wide_bias)
+        return WideProduct(self.weight, self._order, self._wide_bias)
 
 
 @functools.cache

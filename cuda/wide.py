@@ -1,7 +1,7 @@
 """Products with many rows of x: weights are decoded into registers and multiplied there, never dense in memory.
 
-Invariant: a product is one launch for u, one for x's order, one for the product, and one more where the columns of W
-were split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
+Invariant: a product is one launch for u and x's order, one for the product, and one more where the columns of W were
+split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CAPABILITY = (9, 0)
 _THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
 _MOST_STAGES = 16
 _X_BYTES = 64 << 20  # of x in its new order at a time
+#: tiles_of_x.cu: thread blocks that share K, rows of x of one, its shared memory
+_PARTS_OF_INPUT, _INPUT_ROWS, _INPUT_SUMS_BYTES = 8, 32, 8 * 512 * 16
 
 
 #: NT of the shapes that are launched: 8 * NT rows of x a tile
@@ -83,23 +85,16 @@ class _Arguments(ctypes.Structure):
 
 
 class WideProduct:
-    """y = x W^T + u B^T + bias, u = x scaled_A^T, for x (M, K padded) of any M.
+    """y = x W^T + u B^T + bias, u = (x A^T) scaling, for x (M, K padded) of any M.
 
     Args:
         weight: the slabs, on a GPU of compute capability 9.0.
         adapters: in fragment order, or None.
-        scaled_A: scaling * lora_A (ranks, K padded) where there are adapters.
         bias: (N,) float32, or None.
     """
 
-    def __init__(
-        self,
-        weight: SlabWeight,
-        adapters: Fragments | None,
-        scaled_A: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        self.weight, self._adapters, self._scaled_A, self._bias = weight, adapters, scaled_A, bias
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, bias: torch.Tensor | None) -> None:
+        self.weight, self._adapters, self._bias = weight, adapters, bias
         device = weight.slabs.device
         properties: Any = torch.cuda.get_device_properties(device)
         #: pairs of thread blocks that run at the same time
@@ -109,8 +104,7 @@ class WideProduct:
         begins = self._halves.to(torch.int64)
         largest = 16 * int((begins[1:] - begins[:-1]).max()) + _HEADER_BYTES
         self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
-        self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
-        self._arrange = _Arrangement(weight, self._ranks)
+        self._input = _TilesOfInput(weight, adapters)
         self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
@@ -124,12 +118,11 @@ class WideProduct:
     def _multiply(self, x: torch.Tensor, out: torch.Tensor, shape: Shape | None) -> None:
         batch, weight, stream = x.shape[0], self.weight, stream_of(x)
         shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
-        u = None if self._scaled_A is None else x @ self._scaled_A.T
         n_m_tiles = shape.n_tiles // weight.n_row_blocks
-        arranged, arranged_u = self._arrange(x, u, n_m_tiles, shape.rows, stream)
+        tiles, tiles_of_u = self._input(x, n_m_tiles, shape.rows, stream)
         arguments, clusters, launch, add = self._launch(shape.NT)
-        arguments.x, arguments.y, arguments.batch = arranged.data_ptr(), out.data_ptr(), batch
-        arguments.u = None if arranged_u is None else arranged_u.data_ptr()
+        arguments.x, arguments.u, arguments.y = tiles.data_ptr(), tiles_of_u.data_ptr(), out.data_ptr()
+        arguments.batch = batch
         arguments.n_m_tiles, arguments.n_whole = n_m_tiles, shape.n_whole
         split = shape.n_tiles - shape.n_whole
         clusters.value = min(self.clusters, shape.n_whole + split * weight.n_slabs // 2)
@@ -158,7 +151,7 @@ class WideProduct:
             first_step=adapters.first_tile.data_ptr() if adapters else None,
             bias=None if self._bias is None else self._bias.data_ptr(),
             n_rows=weight.n_rows, slabs_per_block=weight.n_slabs, block_steps=adapters.block_tiles if adapters else 0,
-            u_steps=self._ranks // RANKS_OF_TILE, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
+            u_steps=adapters.n_tiles if adapters else 0, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
             stage_bytes=stage_bytes, stages=stages,
         )  # fmt: skip
         chosen = definitions(weight.encoding, weight.dtype, NT=nt)
@@ -181,30 +174,33 @@ def halves(weight: SlabWeight) -> torch.Tensor:
     return torch.cat([begins, first[-1:]]).to(torch.int32)
 
 
-class _Arrangement:
-    """The launch that puts x and u in the order of asynchronous products, by tiles of rows."""
+class _InputArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "lora_a", "scaling", "x_out", "u_out")),
+        *((name, ctypes.c_int) for name in ("batch", "tile_rows", "n_slabs", "rank_tiles")),
+    )
 
-    def __init__(self, weight: SlabWeight, ranks: int) -> None:
-        self._n_slabs, self._ranks = weight.n_slabs, ranks
-        self._blocks = weight.n_slabs + -(-ranks // 64)
-        self._x, self._u, self._x_to, self._u_to = (ctypes.c_void_p() for _ in range(4))
-        self._batch, self._rows = ctypes.c_int(), ctypes.c_int()
-        arguments = [
-            self._x, self._u, self._x_to, self._u_to, self._batch, self._rows, ctypes.c_int(weight.n_slabs),
-            ctypes.c_int(ranks),
-        ]  # fmt: skip
-        handle = function("arrange_x.cu", "arrange_tiles", (), weight.slabs.device.index)
-        self._launch = Launch(handle, (1, 1, 1), 256, 0, arguments)
 
-    def __call__(
-        self, x: torch.Tensor, u: torch.Tensor | None, n_tiles: int, rows: int, stream: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return x (M, K padded) and u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
-        x_to = x.new_empty(n_tiles * rows, x.shape[1])
-        u_to = None if u is None else u.new_empty(n_tiles * rows, self._ranks)
-        self._x.value, self._x_to.value = x.data_ptr(), x_to.data_ptr()
-        self._u.value = None if u is None else u.data_ptr()
-        self._u_to.value = None if u_to is None else u_to.data_ptr()
-        self._batch.value, self._rows.value = x.shape[0], rows
-        self._launch.over(self._blocks, -(-x.shape[0] // 32))(stream)
-        return x_to, u_to
+class _TilesOfInput:
+    """The launch that gives x and u = (x A^T) * scaling in the order of asynchronous products, by tiles of rows."""
+
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
+        self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
+        self._arguments = _InputArguments(
+            lora_a=adapters.lora_A.data_ptr() if adapters else None,
+            scaling=adapters.scaling.data_ptr() if adapters else None,
+            n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
+        )  # fmt: skip
+        half = int(weight.dtype == torch.float16)
+        handle = function("tiles_of_x.cu", "tiles_of_x", (("HALF", half),), weight.slabs.device.index)
+        shared_bytes = _INPUT_SUMS_BYTES if adapters else 0
+        self._launch = Launch(handle, (1, 1, 1), 256, shared_bytes, [self._arguments])
+
+    def __call__(self, x: torch.Tensor, n_tiles: int, rows: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x (M, K padded) and its u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
+        x_out, u_out = x.new_empty(n_tiles * rows, x.shape[1]), x.new_empty(n_tiles * rows, self._ranks)
+        arguments = self._arguments
+        arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
+        arguments.batch, arguments.tile_rows = x.shape[0], rows
+        self._launch.over(_PARTS_OF_INPUT, -(-x.shape[0] // _INPUT_ROWS))(stream)
+        return x_out, u_out

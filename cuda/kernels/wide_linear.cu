@@ -10,8 +10,9 @@
 #ifndef NT
 #define NT 32  // tiles of 8 rows of x
 #endif
-#include "wgmma.cuh"
+#include "cluster.cuh"
 #include "rows_of_y.cuh"
+#include "wgmma.cuh"
 
 constexpr int CONSUMER_WARPS = 8, THREADS = CONSUMER_WARPS * 32 + 128;
 constexpr int HALF_UNITS = UNITS / 2;
@@ -33,23 +34,6 @@ struct Arguments {
   int n_rows, batch, slabs_per_block, block_steps, u_steps, n_row_blocks, n_m_tiles, n_whole;
   int x_at, stage_bytes, stages;
 };
-
-DEVICE u32 cluster_rank() { u32 v; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(v)); return v; }
-DEVICE void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// One arrival at the same barrier of both thread blocks.
-DEVICE void arrive_at_both(u32 bar) {
-#pragma unroll
-  for (int rank = 0; rank < 2; rank++)
-    asm volatile("{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(bar), "r"(rank) : "memory");
-}
-// To the same place of both thread blocks, and counted by both of their barriers.
-DEVICE void bulk_copy_to_both(u32 to, const void* from, u32 bytes, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "h"((u16)3) : "memory");
-}
 
 struct Tile {
   int row_block, m_tile;

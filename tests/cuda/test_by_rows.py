@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from salr.cuda.by_rows import kernel_for
 from salr.cuda.wide import shape_for
 

@@ -139,13 +139,13 @@ def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
 
 def wide(packed, low_rank, bias, dtype=torch.bfloat16):
     from salr.cuda.device_layout import lay_out
-    from salr.cuda.low_rank import fragments, scaled_A
+    from salr.cuda.low_rank import fragments
     from salr.cuda.wide import CAPABILITY, WideProduct
 
     if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("asynchronous products need compute capability 9.0")
     order = low_rank and fragments(low_rank, dtype)
-    return WideProduct(lay_out(packed, dtype), order, None if order is None else scaled_A(order), bias)
+    return WideProduct(lay_out(packed, dtype), order, bias)
 
 
 def cuts(product, batch):
