@@ -55,8 +55,19 @@ def linear(
 
 
 def is_transformed() -> bool:
-    """Tell whether torch.compile or torch.func sees what is computed, so that nothing of it may be kept."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Tell whether torch.compile or torch.func sees what is computed, so that nothing of it may be kept.
+
+    Raises:
+        NotImplementedError: a forward-mode derivative is wanted, of which the operator would know nothing.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return torch.compiler.is_compiling()
+    transforms = torch._C._functorch
+    if any(level.key() == transforms.TransformType.Jvp for level in transforms.get_interpreter_stack()):
+        raise NotImplementedError(
+            "packed products have no forward-mode derivative; use reverse mode (torch.autograd.grad)"
+        )
+    return True
 
 
 def with_adapters(y: Tensor, x: Tensor, adapters: Sequence[TrainedAdapter]) -> Tensor:
