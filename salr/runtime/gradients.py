@@ -18,6 +18,8 @@ from .packed import Adapters, PackedWeight
 Tensor = torch.Tensor
 #: lora_A (r, K), lora_B (N, r) and scaling of an adapter that trains beside a packed product
 TrainedAdapter = tuple[Tensor, Tensor, float]
+#: rows of x from which several adapters are concatenated: y is read and written once, for more work of the host
+MANY_ROWS = 4096
 
 
 class Trainable(Protocol):
@@ -83,10 +85,14 @@ def add_low_rank(y: Tensor, x: Tensor, factors: Sequence[Tensor], scalings: Sequ
         A, B and u = A x (M, r) of each adapter, in x's dtype.
     """
     used: list[Tensor] = []
-    for i, scaling in enumerate(scalings):
-        a, b, u = _inner(x, factors[2 * i], factors[2 * i + 1])
-        y.addmm_(u, b.mT, alpha=scaling)
-        used += a, b, u
+    for a, b in zip(factors[::2], factors[1::2], strict=True):
+        used += _inner(x, a, b)
+    if len(scalings) > 1 and y.shape[0] >= MANY_ROWS:
+        scaled = [b * scaling for b, scaling in zip(used[1::3], scalings, strict=True)]
+        y.addmm_(torch.cat(used[2::3], 1), torch.cat(scaled, 1).mT)
+    else:
+        for b, u, scaling in zip(used[1::3], used[2::3], scalings, strict=True):
+            y.addmm_(u, b.mT, alpha=scaling)
     return used
 
 

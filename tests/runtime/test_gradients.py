@@ -165,6 +165,14 @@ def assert_as_dense(matrix, passes, frozen, bias, needs_x):
         assert_equal([ours(x)], expected[:1])
 
 
+def test_adapters_of_many_rows_are_concatenated(matrix, monkeypatch):
+    monkeypatch.setattr(gradients, "MANY_ROWS", 15)
+    dimensions, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: dimensions.append(dim) or cat(tensors, dim))
+    assert_as_dense(matrix, "once", (1,), None, needs_x=True)
+    assert dimensions.count(1) == 4  # u and B, with gradients and without
+
+
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_layer_saves_x_alone_where_someone_sees_it(matrix, seen):
     trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
@@ -267,10 +275,10 @@ def test_the_output_may_be_changed_in_place(matrix):
 
 @pytest.mark.parametrize("passes", ["once", "repeated"])
 def test_factors_that_change_before_the_backward_pass_are_told(matrix, passes):
-    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    trained, x = adapters(matrix, ranks=(4,)), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
     y = PASSES[passes](lambda x: product.linear(x, matrix, None, "cpu", trained), x)
     with torch.no_grad():
-        trained[1][1].add_(1)
+        trained[0][1].add_(1)
     with pytest.raises(RuntimeError, match=r"in ?place"):
         y.sum().backward()
 
