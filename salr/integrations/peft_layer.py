@@ -31,9 +31,10 @@ _FIX = "train plain LoRA, or unpack the file and use the dense model"
 
 
 class SalrLoraLinear(Linear):  # type: ignore[misc]
-    """A LoRA layer over a ``SalrLinear``: all adapters of a layer are two products, concatenated along the rank.
+    """A LoRA layer over a ``SalrLinear``: the packed product and its adapters are one node of autograd.
 
-    They are computed in x's dtype, as peft's own layers do under autocast, and not in the dtype of the factors.
+    They are computed in x's dtype, as peft's own layers do under autocast, and not in the dtype of the factors. Apart
+    from the packed product are adapters whose dropout acts, and all of them where hooks watch the base layer.
 
     Raises:
         AdapterError: the config asks for what needs the dense weight.
@@ -61,7 +62,7 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """Return the packed product and the active adapters' (..., N) for x (..., K)."""
         names = self._own_residual if self._disable_adapters else self.active_adapters
-        modules, noisy = self._modules, []
+        modules, dropped = self._modules, []
         lora_a, dropout = modules["lora_A"]._modules, modules["lora_dropout"]._modules
         adapters: list[TrainedAdapter] = []
         for name in names:
@@ -70,7 +71,7 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
             if self.lora_bias[name] or name in self.lora_variant:
                 return cast(torch.Tensor, super().forward(x, *args, **options))
             if self.training and type(dropout[name]) is not torch.nn.Identity:
-                noisy.append(name)
+                dropped.append(name)
             else:
                 adapters.append(self._adapter(name))
         if options:
@@ -81,7 +82,7 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
             y = product.with_adapters(base(x, *args), x, adapters)
         else:
             y = base(x, adapters)
-        for name in noisy:
+        for name in dropped:
             y = product.with_adapters(y, dropout[name](x), [self._adapter(name)])
         return y
 

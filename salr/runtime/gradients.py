@@ -132,10 +132,14 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _once(ctx, gradient)
-        if torch.is_autocast_enabled(gradient.device.type):
-            with torch.autocast(gradient.device.type, enabled=False):
-                return _gradients(ctx, gradient)
-        return _gradients(ctx, gradient)
+        kind = gradient.device.type
+        if not torch.is_autocast_enabled(kind):
+            return _gradients(ctx, gradient)
+        torch.set_autocast_enabled(kind, False)
+        try:
+            return _gradients(ctx, gradient)
+        finally:
+            torch.set_autocast_enabled(kind, True)
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

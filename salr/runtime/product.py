@@ -31,8 +31,11 @@ def linear(
         return with_adapters(traced(x, matrix.weight, matrix.adapters, bias, backend), x, trained)
     kind = x.device.type
     if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
+        torch.set_autocast_enabled(kind, False)  # a context manager costs as much as a product
+        try:
             return linear(x.to(torch.get_autocast_dtype(kind)), matrix, bias, backend, trained)
+        finally:
+            torch.set_autocast_enabled(kind, True)
     has_gradients = torch.is_grad_enabled()
     if has_gradients and bias is not None and bias.requires_grad:
         y = linear(x, matrix, None, backend, trained)
@@ -60,8 +63,10 @@ def is_transformed() -> bool:
     Raises:
         NotImplementedError: a forward-mode derivative is wanted, of which the operator would know nothing.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
     transforms = torch._C._functorch
     if any(level.key() == transforms.TransformType.Jvp for level in transforms.get_interpreter_stack()):
         raise NotImplementedError(
