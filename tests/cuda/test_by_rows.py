@@ -26,3 +26,8 @@ def test_few_rows_are_fused_more_are_decoded_and_many_expanded(n_rows):
     chosen = [kernel_for(batch, n_rows // 256, 64, H100_SMS, True) for batch in (1, 64, 128, 4096)]
     assert chosen == ["fused", "fused", "wide", "expanded"]
     assert "wide" not in [kernel_for(batch, n_rows // 256, 64, H100_SMS, False) for batch in (1, 64, 128, 4096)]
+
+
+def test_quantized_weights_are_decoded_from_33_rows_on():
+    chosen = [kernel_for(batch, 16, 64, H100_SMS, True, True) for batch in (32, 33, 64, 256)]
+    assert chosen == ["fused", "wide", "wide", "wide"]
