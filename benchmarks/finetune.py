@@ -3,6 +3,7 @@
     python benchmarks/finetune.py quality --model DIR --data FOLDER --out results.jsonl [--work DIR] [--jobs 6]
                                           [--gpus 0 ...] [--time-limit SECONDS] [--only REGEX]
     python benchmarks/finetune.py cost [--shape llama-3-8b] [--tokens 1024 8192] [--out cost.jsonl]
+    python benchmarks/finetune.py host [--steps 60]
     python benchmarks/finetune.py report --out results.jsonl
 
 quality  LoRA on dense, nf4, pruned and SALR bases of one small model, trained for one epoch of GSM8K (answer tokens
@@ -11,6 +12,7 @@ quality  LoRA on dense, nf4, pruned and SALR bases of one small model, trained f
          there, then seeds 1 and 2 at the best; the best is chosen on 256 training examples kept aside. Exact match is
          generated for seeds 1 and 2: it takes as long as training.
 cost     peak memory and time of a training step at a large shape with random weights.
+host     what launching a training step costs the host, on a CPU, with products that compute nothing.
 report   prints the tables of quality again.
 A run that is in the file already is not made again, so that a call which was cut by its time limit can be continued.
 """
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from finetuning.cost import SHAPES, name_of
 from finetuning.cost import run as run_cost
+from finetuning.host import run as run_host
 from finetuning.report import print_report
 from finetuning.schedule import Results
 from finetuning.training import Protocol
@@ -98,6 +101,8 @@ def parsed() -> argparse.Namespace:
     cost.add_argument("--steps", type=int, default=7, help="that are timed, after 3")
     cost.add_argument("--device", default=device)
     cost.add_argument("--out", type=Path, help="rows are kept here; a side that is there is not measured again")
+    host = commands.add_parser("host")
+    host.add_argument("--steps", type=int, default=60, help="of each side and kind of checkpointing")
     report = commands.add_parser("report")
     report.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -110,6 +115,8 @@ def main() -> None:
         quality(args)
     elif args.command == "cost":
         run_cost(args.shape, args.layers, args.tokens, args.steps, args.device, args.out)
+    elif args.command == "host":
+        run_host(args.steps)
     else:
         print_report(Results(args.out, None))
 

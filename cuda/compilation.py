@@ -9,13 +9,13 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 KERNELS = Path(__file__).parent / "kernels"
 ENCODINGS = {"bitmap16": 0, "dense16": 2, "dense8": 3, "dense4": 4}
 
 #: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
-TARGETS: dict[str, tuple[str, ...]] = {
+TARGETS: dict[str, tuple[str, ...]] = {"wide_linear.cu": ("sm_90a",), "tiles_of_x.cu": ("sm_90a",)} | {
     file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
     for file in (
         "fused_linear.cu",
@@ -51,16 +51,23 @@ def module(file: str, definitions: tuple[tuple[str, int], ...], device: int) -> 
         return cupy.RawModule(path=str(_cached(file, definitions, architecture(here.compute_capability))))
 
 
+class Function(NamedTuple):
+    """A kernel's handle (CUfunction), which belongs to the context of one device."""
+
+    handle: int
+    device: int
+
+
 @functools.cache
-def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int) -> int:
-    """Return the handle (CUfunction) of a kernel that may use all shared memory that a thread block can have."""
+def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int) -> Function:
+    """Return a kernel that may use all shared memory that a thread block can have."""
     import cupy
 
     with cupy.cuda.Device(device) as here:
         found = module(file, definitions, device).get_function(name)
         most = here.attributes["MaxSharedMemoryPerBlockOptin"]
         found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
-    return int(found.kernel.ptr)
+        return Function(int(found.kernel.ptr), device)  # the pointer is that of the device which is current
 
 
 def architecture(capability: str) -> str:

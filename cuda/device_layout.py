@@ -209,6 +209,5 @@ def _launch(
     device = weight.values.device.index
     has_bitmap = int(weight.bitmap is not None)
     chosen = definitions(encoding, torch.bfloat16, SOURCE_HAS_BITMAP=has_bitmap)
-    with torch.cuda.device(device):
-        launch = Launch(function("lay_out.cu", name, chosen, device), grid, n_threads, 0, arguments, is_dependent=False)
-        launch(stream_of(weight.values))
+    launch = Launch(function("lay_out.cu", name, chosen, device), grid, n_threads, 0, arguments, is_dependent=False)
+    launch(stream_of(weight.values))

@@ -57,15 +57,10 @@ class ExpandedProduct:
             self._multiply(sides, self._factors_of(dense), bias, out[:, part])
         return out
 
-    @functools.cached_property
-    def decoded_like(self) -> torch.Tensor:
-        """One zero in the shape of [W | B] (N, K padded + R)."""
-        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.slabs.device)
-        return zero.expand(self.weight.n_rows, self._n_columns)
-
     def decode(self) -> torch.Tensor:
         """Return [W | B] (N, K padded + R)."""
-        return self._expand(self.decoded_like.new_empty(self.weight.n_rows, self._n_columns), 0)
+        weight = self.weight
+        return self._expand(weight.slabs.new_empty(weight.n_rows, self._n_columns, dtype=weight.dtype), 0)
 
     def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
         """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
@@ -76,7 +71,8 @@ class ExpandedProduct:
         """Return the gradient of x (M, K) for that of y (M, N)."""
         wide, columns, n_columns = gradient @ decoded, self.weight.padded_columns, self.weight.n_columns
         if self.factors is not None:
-            wide = torch.addmm(wide[:, :columns], wide[:, columns:], self.factors.scaled_A)
+            of_x, of_u = wide.split_with_sizes((columns, wide.shape[1] - columns), 1)
+            wide = torch.addmm(of_x, of_u, self.factors.scaled_A)
         return wide if wide.shape[1] == n_columns else wide[:, :n_columns]
 
     @functools.cached_property

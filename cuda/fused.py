@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .compilation import function
+from .compilation import Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch, stream_of
 from .low_rank import Fragments
@@ -99,7 +99,7 @@ class _Arguments(ctypes.Structure):
 class _Plan:
     """What one tile shape needs beside the layout: the kernel, its ring, its schedule (kept alive here)."""
 
-    function: int
+    function: Function
     n_blocks: int
     stages: int
     stage_bytes: int

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .compilation import Function
+
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _INVALID_CONTEXT = 201  # a thread that has not used the GPU yet, as autograd's own at first
 
@@ -39,7 +41,7 @@ class Launch:
     """One kernel with its grid and arguments: ctypes values or structures, shared with the caller, who may change them.
 
     Args:
-        function: a CUfunction.
+        function: the kernel; launches go to its device, whichever is current.
         grid: thread blocks in x, y, z.
         n_threads: a thread block's.
         shared_bytes: dynamic shared memory.
@@ -49,7 +51,7 @@ class Launch:
 
     def __init__(
         self,
-        function: int,
+        function: Function,
         grid: tuple[int, int, int],
         n_threads: int,
         shared_bytes: int,
@@ -64,7 +66,7 @@ class Launch:
             ctypes.pointer(self._attribute), int(is_dependent),
         )  # fmt: skip
         self._address = ctypes.addressof(self._configuration)
-        self._function = ctypes.c_void_p(function)
+        self._function, self._device = ctypes.c_void_p(function.handle), function.device
         self._driver = driver()
 
     def over(self, x: int, y: int = 1) -> Launch:
@@ -73,15 +75,22 @@ class Launch:
         return self
 
     def __call__(self, stream: int) -> None:
-        """Launch on a stream (its handle).
+        """Launch on a stream (its handle) of the function's device.
 
         Raises:
             CudaError: the driver's answer was not success.
         """
+        if torch.cuda.current_device() == self._device:
+            self._launch(stream)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(stream)
+
+    def _launch(self, stream: int) -> None:
         self._configuration.stream = stream
         status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
         if status == _INVALID_CONTEXT:
-            make_current(torch.cuda.current_device())
+            make_current(self._device)
             status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
         _require(status, "cuLaunchKernelEx")
 

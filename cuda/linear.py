@@ -1,7 +1,7 @@
 """The CUDA backend: y = x W^T + adapters + bias on packed weights.
 
-Invariant: few rows of x go through the fused kernel, many through expanded parts and cuBLAS; what no kernel takes
-(float32 activations, unusual groups) is refused by ``takes``, and the caller uses the reference.
+Invariant: what no kernel takes (float32 activations, unusual groups) is refused by ``takes``, and the caller uses the
+reference.
 """
 
 from __future__ import annotations
@@ -13,50 +13,30 @@ from dataclasses import dataclass
 import torch
 
 from .beside import Factors, FragmentFactors, MatrixFactors
+from .by_rows import ProductByRows
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
-from .fused import FusedProduct, rounds_of_block
 from .layouts import remember, slabs_of
-from .low_rank import LARGEST_RANK, LowRank, fragments
-from .semi_structured import many_rows
+from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
-#: (fewest rounds of a thread block, rows of x up to which the fused kernel is faster); measured, docs/kernels.md
-CROSSOVERS, QUANTIZED_CROSSOVER = ((16, 192), (8, 128), (0, 64)), 64
 
-
-class PreparedProduct:
+class PreparedProduct(ProductByRows):
     """One weight with its adapters and bias, laid out for products in one dtype."""
 
     def __init__(
         self, weight: Weight | SlabWeight, adapters: LowRank | None, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
-        self.weight: SlabWeight = weight if isinstance(weight, SlabWeight) else lay_out(weight, dtype)
-        small = adapters is None or adapters.lora_A.shape[0] <= LARGEST_RANK
-        order = None if adapters is None or not small else fragments(adapters, dtype)
-        wide_bias = None if bias is None else bias.float().contiguous()
-        self._fused = FusedProduct(self.weight, order, wide_bias) if small else None
-        factors: Factors | None = None if order is None else FragmentFactors(order)
-        if adapters is not None and not small:
-            factors = MatrixFactors(adapters, self.weight.padded_columns, dtype)
-        self._crossover = crossover(self.weight)
-        self.expanded = many_rows(self.weight, factors, bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
-        x = self.weight.padded(x)
-        if self._fused is None or x.shape[0] > self._crossover:
-            return self.expanded(x)
-        return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
-
-
-def crossover(weight: SlabWeight) -> int:
-    """Return how many rows of x the fused kernel multiplies faster than cuBLAS multiplies an expanded weight."""
-    if not weight.encoding.endswith("16"):
-        return QUANTIZED_CROSSOVER
-    rounds = rounds_of_block(weight)
-    return next(rows for least, rows in CROSSOVERS if rounds >= least)
+        slabs = weight if isinstance(weight, SlabWeight) else lay_out(weight, dtype)
+        order: Fragments | None = None
+        factors: Factors | None = None
+        if adapters is not None and adapters.lora_A.shape[0] <= LARGEST_RANK:
+            order = fragments(adapters, dtype)
+            factors = FragmentFactors(order)
+        elif adapters is not None:
+            factors = MatrixFactors(adapters, slabs.padded_columns, dtype)
+        super().__init__(slabs, order, factors, bias)
 
 
 @functools.cache
@@ -147,7 +127,7 @@ def stack(
     for weight, part in zip(weights, parts, strict=True):
         remember(weight, part)
     layers = [Layer(part, layer.adapters, layer.bias) for part, layer in zip(parts, layers, strict=True)]
-    return StackedProduct(layers, stacked, crossover(stacked))
+    return StackedProduct(layers, stacked)
 
 
 def _layer(

@@ -190,6 +190,5 @@ def _launch(
     if not x.numel():
         return
     chosen = tuple({"HALF": int(x.dtype == torch.float16), **definitions}.items())
-    with torch.cuda.device(x.device):
-        handle = function(f"{name}.cu", name, chosen, x.device.index)
-        Launch(handle, grid, n_threads, shared_bytes, arguments)(stream_of(x))
+    handle = function(f"{name}.cu", name, chosen, x.device.index)
+    Launch(handle, grid, n_threads, shared_bytes, arguments)(stream_of(x))

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from .beside import FragmentFactors
+from .by_rows import ProductByRows
 from .device_layout import BLOCK_ROWS, SlabWeight
-from .fused import FusedProduct
 from .low_rank import LARGEST_RANK, RANKS_OF_TILE, Fragments, LowRank, fragments
-from .semi_structured import many_rows
 
 
 @dataclass(frozen=True)
@@ -126,29 +125,19 @@ def stack_ranks(layers: Sequence[Layer]) -> Fragments | None:
     )
 
 
-class StackedProduct:
+class StackedProduct(ProductByRows):
     """[x W_0^T | x W_1^T | ...] with each layer's adapters and bias: one launch for few rows of x.
 
     Args:
         layers: as ``reason_not_stacked`` accepts; their weights views of ``stacked``.
         stacked: the slabs of all.
-        crossover: rows of x up to which the fused kernel is used, 64 at a time.
     """
 
-    def __init__(self, layers: Sequence[Layer], stacked: SlabWeight, crossover: int) -> None:
-        self.weight, self._crossover = stacked, crossover
+    def __init__(self, layers: Sequence[Layer], stacked: SlabWeight) -> None:
         ranks = stack_ranks(layers)
         biases = [
             torch.zeros(layer.weight.n_rows, device=stacked.slabs.device) if layer.bias is None else layer.bias.float()
             for layer in layers
         ]
         bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).contiguous()
-        self._fused = FusedProduct(stacked, ranks, bias)
-        self._expanded = many_rows(stacked, FragmentFactors(ranks) if ranks else None, bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, all N) of x (M, K), contiguous, in its dtype."""
-        x = self.weight.padded(x)
-        if x.shape[0] > self._crossover:
-            return self._expanded(x)
-        return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
+        super().__init__(stacked, ranks, FragmentFactors(ranks) if ranks else None, bias)

@@ -10,10 +10,6 @@ constexpr int THREADS = UNITS * 32;
 constexpr int TILE_PITCH = SLAB_COLUMNS * 2 + 16;  // bytes; keeps eight lanes' 16-byte accesses off each other's banks
 constexpr int TILE_BYTES = UNIT_ROWS * TILE_PITCH;
 
-DEVICE u32 scaled(u32 pair, float scale) {
-  return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
-}
-
 DEVICE void start_copy(u32 to, const u8* slabs, const u32* slab_offsets, int number, u32 bar) {
   const u32 start = slab_offsets[number], bytes = (slab_offsets[number + 1] - start) * 16;
   const u8* from = slabs + (size_t)start * 16;

@@ -42,6 +42,11 @@ __device__ const float NF4[16] = {  // QLoRA's code book; code 7 is 0
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 #endif
 
+// Two weights times their row's scale, rounded; where weights have none, as they are.
+DEVICE u32 scaled(u32 pair, float scale) {
+  return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
+}
+
 // The two codes of a byte as two 16-bit floats, for all bytes, each 32 times, so that a lane stays in its own bank: 32 KB
 // of shared memory, none for other encodings.
 constexpr int TABLE_WORDS = ENCODING == DENSE4 ? 256 * 32 : 1;
@@ -63,14 +68,17 @@ struct Unit {
       word = lds32(start + lane * 4);
       const u32 of_two = word - ((word >> 1) & 0x55555555u);
       const u32 of_four = (of_two & 0x33333333u) + ((of_two >> 2) & 0x33333333u);
+      u32 own[2], upto[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) upto[h] = own[h] = (of_four >> (4 * h)) & 0x0f0f0f0fu;
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1)
+#pragma unroll
+        for (int h = 0; h < 2; h++) upto[h] = add_from_below(upto[h], d);
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const u32 own = (of_four >> (4 * h)) & 0x0f0f0f0fu;
-        u32 upto = own;
-#pragma unroll
-        for (int d = 1; d < 32; d <<= 1) upto = add_from_below(upto, d);
-        before[h] = upto - own;
-        in_all[h] = __shfl_sync(~0u, upto, 31);
+        before[h] = upto[h] - own[h];
+        in_all[h] = __shfl_sync(~0u, upto[h], 31);
       }
     }
   }

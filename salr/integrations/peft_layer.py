@@ -20,7 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..formats.errors import AdapterError
 from ..formats.manifest import RESIDUAL
+from ..runtime import product
 from ..runtime.experts import packed_modules
+from ..runtime.gradients import TrainedAdapter
 from ..runtime.graph_decoding import forget_decoder
 from ..runtime.linear import SalrLinear
 
@@ -29,9 +31,10 @@ _FIX = "train plain LoRA, or unpack the file and use the dense model"
 
 
 class SalrLoraLinear(Linear):  # type: ignore[misc]
-    """A LoRA layer over a ``SalrLinear``: all adapters of a layer are two products, concatenated along the rank.
+    """A LoRA layer over a ``SalrLinear``: the packed product and its adapters are one node of autograd.
 
-    They are computed in x's dtype, as peft's own layers do under autocast, and not in the dtype of the factors.
+    They are computed in x's dtype, as peft's own layers do under autocast, and not in the dtype of the factors. Apart
+    from the packed product are adapters whose dropout acts, and all of them where hooks watch the base layer.
 
     Raises:
         AdapterError: the config asks for what needs the dense weight.
@@ -58,32 +61,41 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """Return the packed product and the active adapters' (..., N) for x (..., K)."""
-        names = self._own_residual if self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
-        if options or any(name in self.lora_variant or self.lora_bias[name] for name in names):
+        names = self._own_residual if self._disable_adapters else self.active_adapters
+        modules, dropped = self._modules, []
+        lora_a, dropout = modules["lora_A"]._modules, modules["lora_dropout"]._modules
+        adapters: list[TrainedAdapter] = []
+        for name in names:
+            if name not in lora_a:
+                continue
+            if self.lora_bias[name] or name in self.lora_variant:
+                return cast(torch.Tensor, super().forward(x, *args, **options))
+            if self.training and type(dropout[name]) is not torch.nn.Identity:
+                dropped.append(name)
+            else:
+                adapters.append(self._adapter(name))
+        if options:
             return cast(torch.Tensor, super().forward(x, *args, **options))
-        y: torch.Tensor = self.base_layer(x, *args)
-        dropped = [n for n in names if self.training and not isinstance(self.lora_dropout[n], torch.nn.Identity)]
-        plain = [name for name in names if name not in dropped]
-        y = self._add(y, x, plain) if plain else y
+        base = modules["base_layer"]
+        seen = args or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        if seen or type(base) is not SalrLinear:
+            y = product.with_adapters(base(x, *args), x, adapters)
+        else:
+            y = base(x, adapters)
         for name in dropped:
-            y = self._add(y, self.lora_dropout[name](x), [name])
+            y = product.with_adapters(y, dropout[name](x), [self._adapter(name)])
         return y
 
-    def _add(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """Return y (..., N) + B (A x) of some adapters in y's dtype."""
-        lora_a = _joined([self.lora_A[name].weight for name in names], 0).to(x.dtype)
-        scaled = [_times(self.lora_B[name].weight, self.scaling[name]) for name in names]
-        lora_b = _joined(scaled, 1).to(x.dtype)
-        inner = torch.nn.functional.linear(x, lora_a)
-        if torch.is_autocast_enabled(x.device.type) or y.dtype != x.dtype:
-            return y + torch.nn.functional.linear(inner, lora_b).to(y.dtype)
-        rows = y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1])
-        return torch.addmm(*rows, lora_b.mT).view(y.shape)
+    def _adapter(self, name: str) -> TrainedAdapter:
+        """Return an adapter's lora_A (r, K), lora_B (N, r) and scaling."""
+        modules = self._modules
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_a.weight, lora_b.weight, self.scaling[name]
 
     def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """Do as peft does with an adapter for each sample; the layer's own residual acts on all of them."""
         y: torch.Tensor = super()._mixed_batch_forward(x, *args, **options)
-        return self._add(y, x, self._own_residual) if self._own_residual else y
+        return product.with_adapters(y, x, [self._adapter(name) for name in self._own_residual])
 
     def merge(self, *args: Any, **options: Any) -> None:
         """Refuse: a merged weight would be dense."""
@@ -91,14 +103,6 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
             "an adapter cannot be merged into packed weights",
             fix="save it, and convert again with --adapter, or run it unmerged",
         )
-
-
-def _joined(factors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return factors[0] if len(factors) == 1 else torch.cat(factors, dim)
-
-
-def _times(factor: torch.Tensor, scaling: float) -> torch.Tensor:
-    return factor if scaling == 1 else factor * scaling
 
 
 def check_config(config: Any) -> None:

@@ -47,7 +47,7 @@ class Product:
     """The product with one matrix, for many calls: ``run`` takes x (M, K), contiguous, to y (M, N)."""
 
     run: Callable[[torch.Tensor], torch.Tensor]
-    #: what gradients flow through, made when first asked for
+    #: what gradients flow through, made when first asked for; the same each time
     trainable: Callable[[], Trainable]
 
 
@@ -85,12 +85,12 @@ class Backend:
         if refused or self.prepare is None or self.apply is None:
             linear = reference.linear if refused else self.linear
             run = functools.partial(linear, weight=weight, adapters=adapters, bias=bias)
-            return Product(run, lambda: DecodedInFloat(run, weight, adapters))
+            return Product(run, functools.cache(lambda: DecodedInFloat(run, weight, adapters)))
         prepared = self.prepare(weight, adapters, bias)
         run = functools.partial(self.apply, prepared)
         if self.train is None:
-            return Product(run, lambda: DecodedInFloat(run, weight, adapters))
-        return Product(run, functools.partial(self.train, prepared, device, dtype))
+            return Product(run, functools.cache(lambda: DecodedInFloat(run, weight, adapters)))
+        return Product(run, functools.cache(functools.partial(self.train, prepared, device, dtype)))
 
     def _refuses(self, weight: PackedWeight, dtype: torch.dtype) -> bool:
         reason = None if self.takes is None else self.takes(weight, dtype)

@@ -1,13 +1,13 @@
-"""Products that gradients flow through: the weight is decoded for the backward pass and dropped with it.
+"""Products that gradients flow through, with the adapters that train beside them: one node of autograd for a layer.
 
-Invariant: no dense weight outlives the pass it was decoded for. Where activation checkpointing runs a forward pass
-again inside the backward pass, what it decodes serves the gradient that follows at once.
+Invariant: the weight is decoded for the backward pass, and no dense weight outlives the pass it was decoded for. Where
+activation checkpointing runs a forward pass again inside the backward pass, what it decodes serves the gradient that
+follows at once.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +16,17 @@ from . import reference
 from .packed import Adapters, PackedWeight
 
 Tensor = torch.Tensor
+#: lora_A (r, K), lora_B (N, r) and scaling of an adapter that trains beside a packed product
+TrainedAdapter = tuple[Tensor, Tensor, float]
+#: rows of x from which several adapters are concatenated: y is read and written once, for more work of the host
+MANY_ROWS = 4096
 
 
 class Trainable(Protocol):
-    """A product made ready, and its gradient; what ``decode`` returns is its own affair."""
+    """A product made ready, and its gradient; what ``decode`` returns is its own affair.
 
-    @property
-    def decoded_like(self) -> Tensor:
-        """A tensor of the shape and dtype, on the device, that ``decode`` returns; its strides may be 0."""
-        ...
+    The caller may write to what ``multiply`` and ``input_gradient`` return.
+    """
 
     def decode(self) -> Tensor:
         """Return the weight, dense."""
@@ -45,11 +47,6 @@ class DecodedInFloat:
     def __init__(self, run: Callable[[Tensor], Tensor], weight: PackedWeight, adapters: Adapters | None) -> None:
         self._run, self._weight, self._adapters = run, weight, adapters
 
-    @functools.cached_property
-    def decoded_like(self) -> Tensor:
-        """One float32 zero in the weight's shape (N, K)."""
-        return torch.zeros((), device=self._weight.values.device).expand(self._weight.n_rows, self._weight.n_columns)
-
     def decode(self) -> Tensor:
         """Return the kept weights (N, K) float32."""
         return reference.dense(self._weight)
@@ -68,33 +65,153 @@ class DecodedInFloat:
         return result.to(gradient.dtype)
 
 
-def differentiable(x: Tensor, trainable: Trainable) -> Tensor:
-    """Return y (M, N) for x (M, K); gradients flow to x."""
-    y: Tensor = _Differentiable.apply(x, trainable)  # type: ignore[no-untyped-call]
+def differentiable(x: Tensor, trainable: Trainable, adapters: Sequence[TrainedAdapter] = ()) -> Tensor:
+    """Return the product and its adapters' (..., N) for x (..., K), in x's dtype; gradients flow to x and the factors.
+
+    Factors of another dtype are cast to x's, and their gradients back.
+    """
+    factors = [factor for lora_a, lora_b, _ in adapters for factor in (lora_a, lora_b)]
+    y: Tensor = _apply(x, trainable, [scaling for _, _, scaling in adapters], *factors)  # type: ignore[no-untyped-call]
     return y
 
 
-_IS_DECODED = (torch.tensor(False), torch.tensor(True))
+def add_low_rank(y: Tensor, x: Tensor, factors: Sequence[Tensor], scalings: Sequence[float]) -> list[Tensor]:
+    """Add each scaling * B (A x) to y (M, N), in place, for x (M, K).
+
+    Args:
+        factors: A (r, K), B (N, r) of each adapter.
+
+    Returns:
+        A, B and u = A x (M, r) of each adapter, in x's dtype.
+    """
+    used: list[Tensor] = []
+    for a, b in zip(factors[::2], factors[1::2], strict=True):
+        used += _inner(x, a, b)
+    if len(scalings) > 1 and y.shape[0] >= MANY_ROWS:
+        scaled = [b * scaling for b, scaling in zip(used[1::3], scalings, strict=True)]
+        y.addmm_(torch.cat(used[2::3], 1), torch.cat(scaled, 1).mT)
+    else:
+        for b, u, scaling in zip(used[1::3], used[2::3], scalings, strict=True):
+            y.addmm_(u, b.mT, alpha=scaling)
+    return used
+
+
+def _inner(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and B in x's dtype, and u."""
+    if a.dtype != x.dtype or b.dtype != x.dtype:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+    return a, b, torch.nn.functional.linear(x, a)
 
 
 class _Differentiable(torch.autograd.Function):
-    """Saves no weight in a first forward pass, and the decoded one in a repeated one.
+    """A product and its adapters as one node; ``factors`` are A, B of each.
 
-    Checkpointing compares the shapes of what both passes save, and hands the second pass's tensors to the first one's
-    backward: hence a placeholder of the same shape, and a tensor that says which of the two it is.
+    Few tensors are saved, since each one costs the host as much as two launches where checkpointing sees it: where
+    someone sees saved tensors it is x alone, in whatever pass. The rest is handed over or computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, trainable: Trainable) -> Tensor:
-        is_repeated = torch._C._current_graph_task_id() != -1
-        decoded = trainable.decode() if is_repeated else None
-        ctx.trainable = trainable
-        ctx.save_for_backward(trainable.decoded_like if decoded is None else decoded, _IS_DECODED[is_repeated])
-        return trainable.multiply(x, decoded)
+    def forward(ctx: Any, x: Tensor, trainable: Trainable, scalings: Sequence[float], *factors: Tensor) -> Tensor:
+        rows, repeating = x.reshape(-1, x.shape[-1]).contiguous(), torch._C._current_graph_task_id()
+        decoded = trainable.decode() if repeating != _NO_PASS and ctx.needs_input_grad[0] else None
+        y = trainable.multiply(rows, decoded)
+        used = add_low_rank(y, rows, factors, scalings)
+        ctx.trainable, ctx.scalings, ctx.factors, ctx.repeating = trainable, scalings, factors, repeating
+        ctx.versions = [factor._version for factor in factors]
+        saved = rows if factors else _NOTHING
+        if repeating != _NO_PASS:
+            ctx.save_for_backward(saved)
+            _hand_over(repeating, _call(ctx, saved), (saved, decoded, used))
+        elif _hooks(False) is not None:
+            ctx.save_for_backward(saved)
+        else:
+            ctx.save_for_backward(saved, *used)
+        return y if x.ndim == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])  # a view could not be changed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        decoded, is_decoded = ctx.saved_tensors
-        trainable: Trainable = ctx.trainable
-        return trainable.input_gradient(gradient, decoded if is_decoded else trainable.decode()), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _once(ctx, gradient)
+        kind = gradient.device.type
+        if not torch.is_autocast_enabled(kind):
+            return _gradients(ctx, gradient)
+        torch.set_autocast_enabled(kind, False)
+        try:
+            return _gradients(ctx, gradient)
+        finally:
+            torch.set_autocast_enabled(kind, True)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and, by adapter, of A and B, where they are needed."""
+    needs_x, _, _, *needs = ctx.needs_input_grad
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    x, decoded, used = _from_forward(ctx)
+    of_x: Tensor | None = None
+    if needs_x:
+        of_x = ctx.trainable.input_gradient(rows, ctx.trainable.decode() if decoded is None else decoded)
+    found: list[Tensor | None] = [None] * len(needs)
+    for i, scaling in enumerate(ctx.scalings):
+        (a, b, u), needs_a, needs_b = used[3 * i : 3 * i + 3], needs[2 * i], needs[2 * i + 1]
+        if needs_x or needs_a:
+            of_u = rows @ b
+        if of_x is not None:
+            of_x.addmm_(of_u, a, alpha=scaling)
+        if needs_a:
+            found[2 * i] = torch.addmm(a, of_u.mT, x, beta=0, alpha=scaling)
+        if needs_b:
+            found[2 * i + 1] = torch.addmm(b, rows.mT, u, beta=0, alpha=scaling)
+    if of_x is not None and gradient.ndim != 2:
+        of_x = of_x.reshape(*gradient.shape[:-1], of_x.shape[1])
+    return of_x, None, None, *found
+
+
+# not Function.apply: it costs as much again, for torch.func, which does not come here
+_apply = super(torch.autograd.Function, _Differentiable).apply
+_once = torch.autograd.function.once_differentiable(_gradients)
+#: who sees saved tensors; before torch 2.8 it cannot be told, and someone may
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+_NOTHING = torch.empty(0)
+_NO_PASS = -1
+
+_Call = tuple[Any, ...]
+_Used = tuple[Tensor, Tensor | None, Sequence[Tensor]]
+#: by backward pass: what the forward passes repeated in it used; taken once, and dropped when the pass ends
+_handed_over: dict[int, dict[_Call, _Used]] = {}
+
+
+def _call(ctx: Any, x: Tensor) -> _Call:
+    """Return what tells calls apart: checkpointing gives the first one's node tensors of the repeated one, no more."""
+    return (ctx.trainable, x.data_ptr(), x.shape[0], *map(id, ctx.factors))
+
+
+def _hand_over(backward_pass: int, call: _Call, used: _Used) -> None:
+    held = _handed_over.get(backward_pass)
+    if held is None:
+        _handed_over.clear()  # what a pass that failed left
+        held = _handed_over[backward_pass] = {}
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _drop(backward_pass))
+    held[call] = used
+
+
+def _drop(backward_pass: int) -> None:
+    _handed_over.pop(backward_pass, None)
+
+
+def _from_forward(ctx: Any) -> _Used:
+    """Return x (M, K), the decoded weight or None, and A, B, u of each adapter.
+
+    Raises:
+        RuntimeError: the factors are not those of the forward pass.
+    """
+    x, *used = ctx.saved_tensors  # here checkpointing repeats the forward pass
+    if used:
+        return x, None, used
+    if ctx.versions != [factor._version for factor in ctx.factors]:
+        raise RuntimeError("factors of an adapter were changed in place between the forward and the backward pass")
+    backward_pass = torch._C._current_graph_task_id() if ctx.repeating == _NO_PASS else ctx.repeating
+    found = _handed_over.get(backward_pass, {}).pop(_call(ctx, x), None)
+    if found is not None:
+        return found
+    pairs = zip(ctx.factors[::2], ctx.factors[1::2], strict=True)
+    return x, None, [tensor for a, b in pairs for tensor in _inner(x, a, b)]

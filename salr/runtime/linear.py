@@ -6,9 +6,12 @@ dense in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import product
+from .gradients import TrainedAdapter
 from .layout import ModuleLayout
 from .packed import PackedWeight
 from .packed_module import PackedModule
@@ -34,11 +37,12 @@ class SalrLinear(PackedModule):
         super().__init__(layout, device)
         self.register_parameter("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return W x + bias (..., N) in x's dtype."""
-        if torch.compiler.is_compiling():
-            return product.traced(x, self._traced_weight(), self.stacked_adapters(), self.bias, self.backend)
-        return product.linear(x, self.matrices()[0], self.bias, self.backend)
+    def forward(self, x: torch.Tensor, trained: Sequence[TrainedAdapter] = ()) -> torch.Tensor:
+        """Return W x + bias (..., N) in x's dtype, with adapters that are trained and no part of the module."""
+        if product.is_transformed():
+            y = product.traced(x, self._traced_weight(), self.stacked_adapters(), self.bias, self.backend)
+            return product.with_adapters(y, x, trained)
+        return product.linear(x, self.matrices()[0], self.bias, self.backend, trained)
 
     def _traced_weight(self) -> PackedWeight:
         """Return the buffers themselves, so that a traced graph refers to them and not to copies of them."""

@@ -7,10 +7,12 @@ the weight anew. Under autocast x is cast as torch.nn.functional.linear casts it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .backends import backend_for
-from .gradients import differentiable
+from .gradients import TrainedAdapter, add_low_rank, differentiable
 from .matrix import Matrix
 from .packed import Adapters, PackedWeight
 
@@ -18,24 +20,79 @@ Tensor = torch.Tensor
 _AUTOCAST = ("cpu", "cuda")
 
 
-def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, backend: str | None = None, trained: Sequence[TrainedAdapter] = ()
+) -> Tensor:
     """Return x W^T + adapters + bias (..., N) in x's dtype for x (..., K), by ``backend`` or the device's own.
 
-    Gradients flow to x and to bias; weight and adapters are constants.
+    Gradients flow to x, to bias and to the factors of ``trained``; weight and adapters of the matrix are constants.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling():
-        return traced(x, matrix.weight, matrix.adapters, bias, backend)
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        y = linear(x, matrix, None, backend)
+    if type(x) is not Tensor or is_transformed():
+        return with_adapters(traced(x, matrix.weight, matrix.adapters, bias, backend), x, trained)
+    kind = x.device.type
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+        torch.set_autocast_enabled(kind, False)  # a context manager costs as much as a product
+        try:
+            return linear(x.to(torch.get_autocast_dtype(kind)), matrix, bias, backend, trained)
+        finally:
+            torch.set_autocast_enabled(kind, True)
+    has_gradients = torch.is_grad_enabled()
+    if has_gradients and bias is not None and bias.requires_grad:
+        y = linear(x, matrix, None, backend, trained)
         return y + bias.to(y.dtype)
-    x = autocast(x)
-    rows, shape = _rows(x, matrix.weight), (*x.shape[:-1], matrix.weight.n_rows)
-    if not rows.numel():
-        return x @ x.new_zeros(()).expand(matrix.weight.n_columns, matrix.weight.n_rows)
+    weight = matrix.weight
+    if x.shape[-1] != weight.n_columns:
+        raise _wrong_columns(x, weight)
+    if not x.numel():
+        return with_adapters(x @ x.new_zeros(()).expand(weight.n_columns, weight.n_rows), x, trained)
     product = matrix.product(x.device, x.dtype, bias, backend)
-    if x.requires_grad and torch.is_grad_enabled():
-        return differentiable(rows, product.trainable()).view(shape)
-    return product.run(rows).view(shape)
+    if has_gradients and (x.requires_grad or any(a.requires_grad or b.requires_grad for a, b, _ in trained)):
+        return differentiable(x, product.trainable(), trained)
+    rows = x.reshape(-1, weight.n_columns).contiguous()
+    y = product.run(rows)
+    if trained:
+        add_low_rank(
+            y, rows, [factor for a, b, _ in trained for factor in (a, b)], [scaling for *_, scaling in trained]
+        )
+    return y.view(*x.shape[:-1], weight.n_rows)
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.compile or torch.func sees what is computed, so that nothing of it may be kept.
+
+    Raises:
+        NotImplementedError: a forward-mode derivative is wanted, of which the operator would know nothing.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch
+    if any(level.key() == transforms.TransformType.Jvp for level in transforms.get_interpreter_stack()):
+        raise NotImplementedError(
+            "packed products have no forward-mode derivative; use reverse mode (torch.autograd.grad)"
+        )
+    return True
+
+
+def with_adapters(y: Tensor, x: Tensor, adapters: Sequence[TrainedAdapter]) -> Tensor:
+    """Return y (..., N) + B (A x) of all adapters in y's dtype for x (..., K), in torch's own operations.
+
+    All adapters are two products, concatenated along the rank, in x's dtype, as peft's own layers under autocast.
+    """
+    if not adapters:
+        return y
+    lora_a = _joined([a for a, _, _ in adapters], 0).to(x.dtype)
+    lora_b = _joined([b if scaling == 1 else b * scaling for _, b, scaling in adapters], 1).to(x.dtype)
+    inner = torch.nn.functional.linear(x, lora_a)
+    if torch.is_autocast_enabled(x.device.type) or y.dtype != x.dtype:
+        return y + torch.nn.functional.linear(inner, lora_b).to(y.dtype)
+    rows = y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1])
+    return torch.addmm(*rows, lora_b.mT).view(y.shape)
+
+
+def _joined(factors: list[Tensor], dim: int) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dim)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -59,8 +116,12 @@ def traced(
 def _rows(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x as (M, K), contiguous."""
     if x.shape[-1] != weight.n_columns:
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight {weight.n_columns}")
+        raise _wrong_columns(x, weight)
     return x.reshape(-1, weight.n_columns).contiguous()
+
+
+def _wrong_columns(x: Tensor, weight: PackedWeight) -> ValueError:
+    return ValueError(f"x has {x.shape[-1]} columns, the weight {weight.n_columns}")
 
 
 @torch.library.custom_op("salr::linear", mutates_args=())

@@ -11,6 +11,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from salr.cuda import compilation
 from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, TILES
+from salr.cuda.wide import TILES_OF_ROWS
 
 ELF = b"\x7fELF"
 
@@ -30,6 +31,15 @@ def test_the_fused_kernel_compiles_in_every_shape_that_is_launched_on_hopper(enc
     for tile, half in itertools.product(tiles, (0, 1) if encoding == "bitmap16" else (0,)):
         chosen = (*definitions(encoding, torch.bfloat16), ("HALF", half), *tile.definitions)
         assert compilation.cubin("fused_linear.cu", tuple(dict(chosen).items()), "sm_90a").startswith(ELF)
+
+
+@pytest.mark.parametrize("encoding", compilation.ENCODINGS)
+def test_the_wide_kernel_compiles_in_every_shape_that_is_launched(encoding):
+    from salr.cuda.device_layout import definitions
+
+    for nt, dtype in itertools.product(TILES_OF_ROWS, (torch.bfloat16, torch.float16)):
+        chosen = definitions(encoding, dtype, NT=nt)
+        assert compilation.cubin("wide_linear.cu", chosen, "sm_90a").startswith(ELF)
 
 
 def test_the_fused_kernel_compiles_in_every_shape_for_older_gpus():

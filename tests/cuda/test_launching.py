@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
 import torch
 from salr.cuda import launching
+from salr.cuda.compilation import Function
 
 
 class Driver:
@@ -34,10 +36,10 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    def install(answer=0):
+    def install(answer=0, current=3):
         found = Driver(answer)
         monkeypatch.setattr(launching, "driver", lambda: found)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
         launching._context.cache_clear()
         return found
 
@@ -46,7 +48,7 @@ def driver(monkeypatch):
 
 
 def launch():
-    return launching.Launch(1, (1, 1, 1), 32, 0, [ctypes.c_int(1)])
+    return launching.Launch(Function(1, 3), (1, 1, 1), 32, 0, [ctypes.c_int(1)])
 
 
 def test_a_thread_without_a_context_gets_its_devices(driver):
@@ -67,3 +69,18 @@ def test_the_number_of_thread_blocks_can_be_said_at_each_launch(driver):
     driver()
     run = launch().over(5, 7)
     assert list(run._configuration.grid) == [5, 7, 1]
+
+
+@pytest.mark.parametrize(("current", "switched"), [(3, []), (0, [3])])
+def test_a_launch_goes_to_its_kernels_device(driver, monkeypatch, current, switched):
+    found, entered = driver(current=current), []
+
+    @contextlib.contextmanager
+    def device(number):
+        entered.append((number, found.launches))
+        yield
+        assert found.launches
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch()(0)
+    assert entered == [(number, 0) for number in switched]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from salr.formats.reader import SalrFile
 from torch.utils.checkpoint import checkpoint
 
-from salr.runtime import product, reference
+from salr.runtime import gradients, product, reference
 from salr.runtime.matrix import Matrix
 from salr.runtime.packed import PackedWeight
 
 UP = "layers.0.mlp.up"
+LEADING = 5, 3
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def test_no_dense_weight_is_kept_between_forward_and_backward(matrix):
         lambda t: kept.append(t.untyped_storage().nbytes()) or t, lambda t: t
     ):
         product.linear(x, matrix, None, "cpu")
-    assert kept and sum(kept) <= 8
+    assert sum(kept) <= 8
 
 
 def test_a_bias_that_is_trained_has_a_gradient(matrix):
@@ -81,3 +85,228 @@ def test_autocast_casts_x_as_torch_does(matrix):
         y = product.linear(x, matrix, None, "cpu")
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, product.linear(x.bfloat16(), matrix, None, "cpu"))
+
+
+def adapters(matrix, frozen=(), ranks=(4, 2, 3)):
+    """Return factors with scalings 2, 1 and -0.5, all trained but those of ``frozen``."""
+    weight, found = matrix.weight, []
+    for i, (rank, scaling) in enumerate(zip(ranks, (2.0, 1.0, -0.5), strict=False)):
+        pair = torch.randn(rank, weight.n_columns), torch.randn(weight.n_rows, rank)
+        found.append((*(factor.requires_grad_(i not in frozen) for factor in pair), scaling))
+    return found
+
+
+def results(run, x, trained, bias=None, upstream=None):
+    """Return y and the gradients of x, bias and factors, None where there is none, and clear them."""
+    leaves = [x, *([] if bias is None else [bias]), *(f for a, b, _ in trained for f in (a, b))]
+    y = run(x)
+    y.backward(torch.ones_like(y) if upstream is None else upstream)
+    found = [y.detach(), *(leaf.grad for leaf in leaves)]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+def dense(matrix, trained, bias=None):
+    """Return the function of x that autograd differentiates by itself."""
+    weight = reference.dense(matrix.weight)
+
+    def run(x):
+        y = x @ weight.T
+        for a, b, scaling in trained:
+            y = y + scaling * (x @ a.T @ b.T)
+        return y if bias is None else y + bias
+
+    return run
+
+
+def assert_equal(found, expected, tolerance=1e-4):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            assert (ours - theirs).norm() <= tolerance * theirs.norm() and theirs.norm() > 0
+
+
+PASSES = {
+    "once": lambda run, x: run(x),
+    "reentrant": lambda run, x: checkpoint(run, x, use_reentrant=True),
+    "repeated": lambda run, x: checkpoint(run, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("bias", [None, "frozen", "trained"])
+def test_gradients_of_adapters_are_those_of_the_dense_layer(matrix, passes, frozen, bias):
+    assert_as_dense(matrix, passes, frozen, bias, needs_x=True)
+
+
+@pytest.mark.parametrize("passes", ["once", "repeated"])
+@pytest.mark.parametrize("frozen", [(), (1,)])
+@pytest.mark.parametrize("bias", [None, "trained"])
+def test_adapters_train_where_x_needs_no_gradient(matrix, decoded, passes, frozen, bias):
+    assert_as_dense(matrix, passes, frozen, bias, needs_x=False)
+    assert len(decoded) == 1  # for the comparison: no gradient goes through the weight
+
+
+def assert_as_dense(matrix, passes, frozen, bias, needs_x):
+    x = torch.randn(*LEADING, matrix.weight.n_columns, requires_grad=needs_x)
+    if bias is not None:
+        bias = torch.randn(matrix.weight.n_rows, requires_grad=bias == "trained")
+    trained, upstream = adapters(matrix, frozen), torch.randn(*LEADING, matrix.weight.n_rows)
+
+    def ours(x):
+        return PASSES[passes](lambda x: product.linear(x, matrix, bias, "cpu", trained), x)
+
+    expected = results(dense(matrix, trained, bias), x, trained, bias, upstream)
+    assert_equal(results(ours, x, trained, bias, upstream), expected)
+    with torch.no_grad():
+        assert_equal([ours(x)], expected[:1])
+
+
+def test_adapters_of_many_rows_are_concatenated(matrix, monkeypatch):
+    monkeypatch.setattr(gradients, "MANY_ROWS", 15)
+    dimensions, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: dimensions.append(dim) or cat(tensors, dim))
+    assert_as_dense(matrix, "once", (1,), None, needs_x=True)
+    assert dimensions.count(1) == 4  # u and B, with gradients and without
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_layer_saves_x_alone_where_someone_sees_it(matrix, seen):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    expected, saved = results(dense(matrix, trained), x, trained), []
+
+    def run(x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t.clone(), torch.clone):
+            return product.linear(x, matrix, None, "cpu", trained)
+
+    assert_equal(
+        results(run if seen else lambda x: product.linear(x, matrix, None, "cpu", trained), x, trained), expected
+    )
+    assert saved == ([x.shape] if seen else [])
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_a_layer_may_be_used_again_in_what_is_repeated(matrix, passes):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    missing = matrix.weight.n_columns - matrix.weight.n_rows
+
+    def several(layer):
+        def run(x):
+            again = layer(torch.nn.functional.pad(layer(x), (0, missing)))
+            return torch.cat([again, layer(x[:2]), layer(x[:1]).detach()])  # the same memory, fewer rows
+
+        return lambda x: PASSES[passes](run, x)
+
+    expected = results(several(dense(matrix, trained)), x, trained)
+    found = results(several(lambda x: product.linear(x, matrix, None, "cpu", trained)), x, trained)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_a_torch_that_cannot_tell_who_sees_saved_tensors_gives_the_same_gradients(matrix, decoded, monkeypatch, passes):
+    monkeypatch.setattr(gradients, "_hooks", lambda _: True)  # as before torch 2.8
+    assert_as_dense(matrix, passes, (), None, needs_x=True)
+    assert len(decoded) == 2  # once for the comparison
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_repeated_pass_decoded_in_vain_ends_with_the_backward_pass(matrix, monkeypatch, reentrant):
+    decoded, dense_of = [], reference.dense
+    monkeypatch.setattr(reference, "dense", lambda weight: remember(dense_of(weight)))
+
+    def remember(weight):
+        decoded.append(weakref.ref(weight))
+        return weight
+
+    trained, x = adapters(matrix, ranks=(4,)), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+
+    def run(x, scale):
+        return product.linear(x, matrix, None, "cpu", trained).detach() * scale  # the product needs no gradient
+
+    scale = torch.ones((), requires_grad=True)
+    checkpoint(run, x, scale, use_reentrant=reentrant).sum().backward()
+    gc.collect()
+    assert len(decoded) == 1 and decoded[0]() is None and scale.grad is not None
+
+
+def test_factors_of_another_dtype_are_cast_and_their_gradients_back(matrix):
+    trained = adapters(matrix)
+    x = torch.randn(4, matrix.weight.n_columns).bfloat16().requires_grad_()
+    rounded = [(*(f.detach().bfloat16().requires_grad_() for f in pair), scaling) for *pair, scaling in trained]
+    found = results(lambda x: product.linear(x, matrix, None, "cpu", trained), x, trained)
+    expected = results(lambda x: product.linear(x, matrix, None, "cpu", rounded), x, rounded)
+    assert_equal(found, [*expected[:2], *(gradient.float() for gradient in expected[2:])], 0)
+
+
+def test_under_autocast_adapters_are_computed_in_its_dtype(matrix):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+
+    def ours(x):
+        return product.linear(x, matrix, None, "cpu", trained)
+
+    def cast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ours(x)
+
+    expected = results(lambda x: ours(x.bfloat16()), x, trained)
+    assert_equal(results(cast, x, trained), expected, 0)
+    expected = results(ours, x, trained)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward pass alone
+        y = torch.autograd.grad(outside(ours, x), x)[0]
+    torch.testing.assert_close(y, expected[1], rtol=0, atol=0)
+
+
+def outside(run, x):
+    """Return run(x).sum() computed without autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return run(x).sum()
+
+
+def test_the_output_may_be_changed_in_place(matrix):
+    trained, x = adapters(matrix), torch.randn(*LEADING, matrix.weight.n_columns, requires_grad=True)
+    expected = results(lambda x: dense(matrix, trained)(x) * 2 + 1, x, trained)
+    assert_equal(
+        results(lambda x: product.linear(x, matrix, None, "cpu", trained).mul_(2).add_(1), x, trained), expected
+    )
+
+
+@pytest.mark.parametrize("passes", ["once", "repeated"])
+def test_factors_that_change_before_the_backward_pass_are_told(matrix, passes):
+    trained, x = adapters(matrix, ranks=(4,)), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    y = PASSES[passes](lambda x: product.linear(x, matrix, None, "cpu", trained), x)
+    with torch.no_grad():
+        trained[0][1].add_(1)
+    with pytest.raises(RuntimeError, match=r"in ?place"):
+        y.sum().backward()
+
+
+def test_a_graph_can_be_used_twice_and_not_differentiated_several(matrix):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    y = product.linear(x, matrix, None, "cpu", trained).pow(2).sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    assert torch.equal(gradient, first)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_no_rows_have_gradients_of_zeros(matrix):
+    trained, x = adapters(matrix), torch.zeros(0, matrix.weight.n_columns, requires_grad=True)
+    product.linear(x, matrix, None, "cpu", trained).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(f.grad, torch.zeros_like(f)) for a, b, _ in trained for f in (a, b))
+
+
+def test_torch_func_maps_a_layer_and_is_refused_a_forward_derivative(matrix):
+    trained, x = adapters(matrix), torch.randn(*LEADING, matrix.weight.n_columns)
+
+    def ours(x):
+        return product.linear(x, matrix, None, "cpu", trained)
+
+    torch.testing.assert_close(torch.func.vmap(ours)(x), ours(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(ours, (x,), (x,))

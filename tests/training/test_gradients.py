@@ -119,6 +119,24 @@ def test_bfloat16_models_train_float32_factors_unless_told_otherwise(packed, tra
         assert losses[-1] < losses[0]
 
 
+def test_a_layer_with_its_adapters_is_one_node_of_autograd(packed):
+    layer = lora_layers(prepared(packed))["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(2, 3, 64)
+    inputs = [function for function, _ in layer(x).grad_fn.next_functions if function is not None]
+    assert [type(function).__name__ for function in inputs] == ["AccumulateGrad"] * 4
+    assert not layer.eval().base_layer(x).requires_grad
+
+
+def test_who_watches_the_packed_layer_sees_it_without_its_adapters(packed):
+    layer = lora_layers(prepared(packed))["model.layers.0.self_attn.q_proj"]
+    x, seen = torch.randn(2, 3, 64), []
+    expected = layer(x)
+    hook = layer.base_layer.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    hook.remove()
+    assert torch.equal(seen[0], layer.base_layer(x)) and not torch.allclose(seen[0], expected, atol=1e-3)
+
+
 def test_dropout_acts_on_the_new_adapter_in_training_only(packed):
     tuned = prepared(packed, dropout=0.5)
     layer = lora_layers(tuned)["model.layers.0.self_attn.q_proj"]

@@ -1,0 +1,87 @@
+"""One packed weight times any number of rows of x: which kernel multiplies how many.
+
+Few rows: weight, adapters and bias in one launch (fused.py). More, on compute capability 9.0: weights decoded into
+registers for asynchronous products (wide.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .beside import Factors
+from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
+from .fused import LARGEST_BATCH, FusedProduct
+from .low_rank import Fragments
+from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
+from .wide import CAPABILITY, WideProduct, estimated_us
+
+#: microseconds of an expanded product beside the products, of a weight's expansion, bytes and operations a microsecond
+_EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
+#: of a fused product of 33 to 64 rows, and of a weight in it, of 16 bits or quantized
+_FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
+#: rows of x up to which a fused product reads its weights no slower than a single row's
+_ALWAYS_FUSED = 32
+
+
+class ProductByRows:
+    """y = x W^T + adapters + bias for x (M, K padded) of any M.
+
+    Args:
+        weight: the slabs.
+        order: the adapters in fragment order; None where there are none, or more ranks than the kernels take.
+        factors: the adapters for an expanded weight; None without.
+        bias: (N,), or None.
+    """
+
+    def __init__(
+        self, weight: SlabWeight, order: Fragments | None, factors: Factors | None, bias: torch.Tensor | None
+    ) -> None:
+        self.weight, self._order = weight, order
+        self._wide_bias = None if bias is None else bias.float().contiguous()
+        self._has_kernels = order is not None or factors is None
+        self._fused = FusedProduct(weight, order, self._wide_bias) if self._has_kernels else None
+        self.expanded = many_rows(weight, factors, bias)
+        on_hopper = torch.cuda.get_device_capability(weight.slabs.device) == CAPABILITY
+        self._largest_wide = 0
+        if self._has_kernels and on_hopper:
+            self._largest_wide = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
+        x = self.weight.padded(x)
+        weight, batch = self.weight, x.shape[0]
+        is_quantized, has_wide = not weight.encoding.endswith("16"), batch <= self._largest_wide
+        kernel = kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, has_wide, is_quantized)
+        if self._fused is None or kernel == "expanded":
+            return self.expanded(x)
+        return self._wide(x) if kernel == "wide" else self._fused(x, x.new_empty(batch, weight.n_rows))
+
+    @functools.cached_property
+    def _n_sms(self) -> int:
+        count: int = torch.cuda.get_device_properties(self.weight.slabs.device).multi_processor_count
+        return count
+
+    @functools.cached_property
+    def _wide(self) -> WideProduct:
+        return WideProduct(self.weight, self._order, self._wide_bias)
+
+
+@functools.cache
+def kernel_for(
+    batch: int, n_row_blocks: int, n_slabs: int, n_sms: int, has_wide: bool, is_quantized: bool = False
+) -> str:
+    """Return fused, wide or expanded: what is estimated fastest for ``batch`` rows of x; up to 32 always fused."""
+    if batch <= _ALWAYS_FUSED:
+        return "fused"
+    n_weights = n_row_blocks * n_slabs * BLOCK_ROWS * SLAB_COLUMNS
+    dense_us = max(2 * n_weights / _BYTES, 2 * batch * n_weights / _OPERATIONS)
+    fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if is_quantized else _FUSED_WEIGHT_US)
+    times = {
+        "fused": -(-batch // LARGEST_BATCH) * fused_us,
+        "expanded": dense_us + n_weights * _EXPANSION_US + _EXPANDED_US,
+    }
+    if has_wide:
+        times["wide"] = estimated_us(batch, n_row_blocks, n_slabs, n_sms // 2)
+    return min(times, key=lambda name: times[name])

@@ -1,0 +1,47 @@
+// From a fragment of y^T in float32, 16 rows of W times 8 rows of x, to 16-bit rows of y.
+#pragma once
+#include "ptx.cuh"
+
+// An 8 x 8 matrix of 16-bit numbers, two a lane, transposed.
+DEVICE u32 transposed(u32 v) {
+  u32 t;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
+  return t;
+}
+
+DEVICE void store_floats(float4* to, const float (&v)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+
+struct RowsOfY {
+  u16* to;  // row 0 of y, this lane's first of four columns
+  float upper, lower;
+  int n_rows, batch, n_columns;  // of y: columns left from `to` on, rows, pitch
+  // `first`: the first of 16 rows of W; `n`: of all.
+  DEVICE RowsOfY(u16* y, const float* bias, int first, int n, int batch, int lane) : batch(batch), n_columns(n) {
+    const int row = first + (lane >> 2), column = first + 4 * (lane & 3);
+    upper = bias && row < n ? bias[row] : 0.f;
+    lower = bias && row + 8 < n ? bias[row + 8] : 0.f;
+    to = y + column;
+    n_rows = n - column;
+  }
+  // Rows m .. m + 7 of y: a lane has one row's four neighbouring columns.
+  DEVICE void store(int m, const float (&v)[4], int lane) const {
+    const u32 first = transposed(pack2(v[0] + upper, v[1] + upper)), second = transposed(pack2(v[2] + lower, v[3] + lower));
+    const int from = (lane & ~3) + 2 * (lane & 1);
+    const u32 a = __shfl_sync(~0u, first, from), b = __shfl_sync(~0u, first, from + 1);
+    const u32 c = __shfl_sync(~0u, second, from), d = __shfl_sync(~0u, second, from + 1);
+    const u32 low = lane & 2 ? c : a, high = lane & 2 ? d : b;
+    m += lane >> 2;
+    if (m >= batch) return;
+    u16* here = to + (size_t)m * n_columns;
+    if (n_rows >= 4 && n_columns % 4 == 0) {
+      *(uint2*)here = make_uint2(low, high);
+    } else {
+      if (n_rows > 0) here[0] = (u16)low;
+      if (n_rows > 1) here[1] = (u16)(low >> 16);
+      if (n_rows > 2) here[2] = (u16)high;
+      if (n_rows > 3) here[3] = (u16)(high >> 16);
+    }
+  }
+};

@@ -1,0 +1,123 @@
+// x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which wide_linear.cu's asynchronous products read them, from one
+// reading of x.
+//
+// grid: (8, one for each 32 rows), clusters of the 8 thread blocks of a row group, which share K; block: 8 warps, each with
+// slabs of its own. Sums are added warp after warp, then thread block after thread block: the same bits every time.
+// shared memory: SUMS float4 for each warp, where there are ranks.
+#include "cluster.cuh"
+#include "slabs.cuh"
+
+constexpr int PARTS = 8, WARPS = 8, N_TILES = 4;  // thread blocks and warps that share K; tiles of 8 rows of x a thread block
+constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sums are held in registers
+constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
+constexpr int TILE_BYTES = 4 * 512;  // of A: 16 ranks x 64 columns
+
+struct Arguments {
+  const u16* x;          // [batch, 64 * n_slabs]
+  const u8* lora_a;      // [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit
+  const float* scaling;  // [rank_tiles * 16]
+  uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit: chunk and element as in arrange_x.cu
+  u16* u_out;            // [batch / tile_rows][rank_tiles * 2][tile_rows][8]
+  int batch, tile_rows, n_slabs, rank_tiles;
+};
+
+// Four lanes have a row's 64 columns, 16 each; words 4 * pair .. of lane t are words t of chunks 4 * pair ...
+DEVICE uint4 chunk_of(uint4 v, int lane) {
+  const bool upper = lane & 2, odd = lane & 1;
+  const u32 y0 = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2), y1 = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
+  v = upper ? make_uint4(y0, y1, v.z, v.w) : make_uint4(v.x, v.y, y0, y1);
+  const u32 z0 = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1), z1 = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
+  return odd ? make_uint4(z0, v.y, z1, v.w) : make_uint4(v.x, z0, v.z, z1);
+}
+
+DEVICE void store_chunks(const Arguments& p, const uint4 (&x)[N_TILES][2], int slab, int lane) {
+#pragma unroll
+  for (int n = 0; n < N_TILES; n++) {
+    const int row = blockIdx.y * 8 * N_TILES + 8 * n + (lane >> 2), tile = row / p.tile_rows;
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+      const uint4 chunk = chunk_of(x[n][pair], lane);
+      if (row < p.batch)
+        p.x_out[(((size_t)tile * p.n_slabs + slab) * 8 + 4 * pair + (lane & 3)) * p.tile_rows + row % p.tile_rows] = chunk;
+    }
+  }
+}
+
+// This warp's slabs: x to its new order where `stores`, and its products with rank tiles first .. first + AT_ONCE - 1.
+DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT_ONCE][N_TILES][4], int warp, int lane) {
+  const int begin = (blockIdx.x * WARPS + warp) * p.n_slabs / (PARTS * WARPS);
+  const int end = (blockIdx.x * WARPS + warp + 1) * p.n_slabs / (PARTS * WARPS);
+  for (int slab = begin; slab < end; slab++) {
+    uint4 x[N_TILES][2];
+#pragma unroll
+    for (int n = 0; n < N_TILES; n++) {
+      const int row = blockIdx.y * 8 * N_TILES + 8 * n + (lane >> 2);
+      const uint4* from = (const uint4*)(p.x + ((size_t)row * p.n_slabs + slab) * SLAB_COLUMNS + 16 * (lane & 3));
+#pragma unroll
+      for (int pair = 0; pair < 2; pair++) x[n][pair] = row < p.batch ? from[pair] : make_uint4(0, 0, 0, 0);
+    }
+    if (stores) store_chunks(p, x, slab, lane);
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      if (first + t >= p.rank_tiles) break;
+      const uint4* a = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + first + t) * TILE_BYTES) + lane;
+#pragma unroll
+      for (int step = 0; step < 4; step++) {
+        const uint4 v = a[32 * step];
+        const u32 fragment[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+          const uint4 b = x[n][step / 2];
+          mma(sum[t][n], fragment, step % 2 ? b.z : b.x, step % 2 ? b.w : b.y);
+        }
+      }
+    }
+  }
+}
+
+// u of one fragment, 16 ranks of tile `t` x 8 rows of x.
+DEVICE void store_u(const Arguments& p, int t, int n, float4 v, int lane) {
+  const float sums[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int rank = (lane >> 2) + 8 * (i / 2), row = blockIdx.y * 8 * N_TILES + 8 * n + 2 * (lane & 3) + i % 2;
+    if (row >= p.batch) continue;
+    const size_t chunk = (size_t)(row / p.tile_rows) * p.rank_tiles * 2 + 2 * t + rank / 8;
+    p.u_out[(chunk * p.tile_rows + row % p.tile_rows) * 8 + rank % 8] = (u16)pack2(sums[i] * p.scaling[16 * t + rank], 0.f);
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS * 32)
+    tiles_of_x(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(128) float4 sums[];  // [WARPS][SUMS]; the first SUMS then hold those of all warps
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  for (int first = 0; first == 0 || first < p.rank_tiles; first += AT_ONCE) {
+    float sum[AT_ONCE][N_TILES][4] = {};
+    multiply(p, first, first == 0, sum, warp, lane);
+    if (p.rank_tiles == 0) break;
+#pragma unroll
+    for (int i = 0; i < AT_ONCE * N_TILES; i++) {
+      const float* v = sum[i / N_TILES][i % N_TILES];
+      sums[warp * SUMS + i * 32 + lane] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    __syncthreads();
+    for (int i = thread; i < SUMS; i += WARPS * 32) {
+      float4 total = sums[i];
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) total = add(total, sums[w * SUMS + i]);
+      sums[i] = total;
+    }
+    cluster_meet();
+    constexpr int SHARE = SUMS / PARTS;
+    if (thread < SHARE) {
+      const int i = cluster_rank() * SHARE + thread;
+      float4 total = load_of(sums + i, 0);
+#pragma unroll
+      for (int part = 1; part < PARTS; part++) total = add(total, load_of(sums + i, part));
+      if (first + i / (32 * N_TILES) < p.rank_tiles) store_u(p, first + i / (32 * N_TILES), i / 32 % N_TILES, total, i % 32);
+    }
+    cluster_meet();  // the sums are read, also by others
+  }
+}

@@ -1,0 +1,206 @@
+"""Products with many rows of x: weights are decoded into registers and multiplied there, never dense in memory.
+
+Invariant: a product is one launch for u and x's order, one for the product, and one more where the columns of W were
+split among thread blocks, whose sums are added in a fixed order: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .compilation import function
+from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
+from .launching import Launch, stream_of
+from .low_rank import RANKS_OF_TILE, Fragments
+
+CAPABILITY = (9, 0)
+_THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
+_MOST_STAGES = 16
+_X_BYTES = 64 << 20  # of x in its new order at a time
+#: tiles_of_x.cu: thread blocks that share K, rows of x of one, its shared memory
+_PARTS_OF_INPUT, _INPUT_ROWS, _INPUT_SUMS_BYTES = 8, 32, 8 * 512 * 16
+
+
+#: NT of the shapes that are launched: 8 * NT rows of x a tile
+TILES_OF_ROWS = (16, 32)
+#: microseconds, measured on an H100 and an H200: of a slab's products by NT, and more for each tile of x that is on its
+#: way; of all that is done once; of adding split tiles
+_SLAB_US, _LATER_US, _MOST_LATER = {16: 0.66, 32: 0.80}, 0.04, 6
+_ONCE_US, _SPLIT_US = {16: 16.0, 32: 19.0}, {16: 6.0, 32: 9.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut: tiles of 8 * NT rows of x, of which ``n_whole`` are not split among clusters."""
+
+    NT: int
+    n_tiles: int
+    n_whole: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of x in a tile."""
+        return 8 * self.NT
+
+
+@functools.cache
+def shape_for(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> Shape:
+    """Return how to cut a product, by an estimate of its time."""
+    candidates = []
+    for nt in TILES_OF_ROWS:
+        n_tiles = -(-batch // (8 * nt)) * n_row_blocks
+        candidates += [Shape(nt, n_tiles, n_tiles), Shape(nt, n_tiles, n_tiles // clusters * clusters)]
+    return min(candidates, key=lambda shape: _estimate(shape, n_row_blocks, n_slabs, clusters))
+
+
+def estimated_us(batch: int, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+    """Return about how long a product takes."""
+    return _estimate(shape_for(batch, n_row_blocks, n_slabs, clusters), n_row_blocks, n_slabs, clusters)
+
+
+def _estimate(shape: Shape, n_row_blocks: int, n_slabs: int, clusters: int) -> float:
+    later = min(shape.n_tiles // n_row_blocks, _MOST_LATER) * _LATER_US if shape.NT == 32 else 0.0
+    tile_us = n_slabs * (_SLAB_US[shape.NT] + later)
+    split = shape.n_tiles - shape.n_whole
+    us = _ONCE_US[shape.NT] + -(-shape.n_whole // clusters) * tile_us
+    return us + (split / clusters * tile_us + _SPLIT_US[shape.NT] if split else 0.0)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("slabs", "halves", "lora_b", "first_step", "x", "u", "bias", "y", "partial")
+    ) + tuple(
+        (name, ctypes.c_int)
+        for name in (
+            "n_rows", "batch", "slabs_per_block", "block_steps", "u_steps", "n_row_blocks", "n_m_tiles", "n_whole",
+            "x_at", "stage_bytes", "stages",
+        )
+    )  # fmt: skip
+
+
+class WideProduct:
+    """y = x W^T + u B^T + bias, u = (x A^T) scaling, for x (M, K padded) of any M.
+
+    Args:
+        weight: the slabs, on a GPU of compute capability 9.0.
+        adapters: in fragment order, or None.
+        bias: (N,) float32, or None.
+    """
+
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, bias: torch.Tensor | None) -> None:
+        self.weight, self._adapters, self._bias = weight, adapters, bias
+        device = weight.slabs.device
+        properties: Any = torch.cuda.get_device_properties(device)
+        #: pairs of thread blocks that run at the same time
+        self.clusters = properties.multi_processor_count // 2
+        self._shared_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding)
+        self._halves = halves(weight)
+        begins = self._halves.to(torch.int64)
+        largest = 16 * int((begins[1:] - begins[:-1]).max()) + _HEADER_BYTES
+        self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
+        self._input = _TilesOfInput(weight, adapters)
+        self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
+
+    def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
+        """Return the product (M, N) of x (M, K padded), contiguous, in its dtype; ``shape`` as estimated best."""
+        out = x.new_empty(x.shape[0], self.weight.n_rows)
+        most = max(BLOCK_ROWS, _X_BYTES // (2 * x.shape[1]) // BLOCK_ROWS * BLOCK_ROWS)
+        for start in range(0, x.shape[0], most):
+            self._multiply(x[start : start + most], out[start : start + most], shape)
+        return out
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor, shape: Shape | None) -> None:
+        batch, weight, stream = x.shape[0], self.weight, stream_of(x)
+        shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
+        n_m_tiles = shape.n_tiles // weight.n_row_blocks
+        tiles, tiles_of_u = self._input(x, n_m_tiles, shape.rows, stream)
+        arguments, clusters, launch, add = self._launch(shape.NT)
+        arguments.x, arguments.u, arguments.y = tiles.data_ptr(), tiles_of_u.data_ptr(), out.data_ptr()
+        arguments.batch = batch
+        arguments.n_m_tiles, arguments.n_whole = n_m_tiles, shape.n_whole
+        split = shape.n_tiles - shape.n_whole
+        clusters.value = min(self.clusters, shape.n_whole + split * weight.n_slabs // 2)
+        if split:
+            n_floats = 2 * clusters.value * BLOCK_ROWS * shape.rows
+            partial = torch.empty(n_floats, dtype=torch.float32, device=x.device)
+            arguments.partial = partial.data_ptr()
+        launch.over(2 * clusters.value)(stream)
+        if split:
+            add.over(-(-split * 16 * (shape.NT // 4) // 8))(stream)
+
+    def _launch(self, nt: int) -> tuple[_Arguments, ctypes.c_int, Launch, Launch]:
+        """Return the launches for tiles of 8 * ``nt`` rows, and the arguments that they share."""
+        found = self._launches.get(nt)
+        if found is None:
+            found = self._launches[nt] = self._made(nt)
+        return found
+
+    def _made(self, nt: int) -> tuple[_Arguments, ctypes.c_int, Launch, Launch]:
+        weight, adapters = self.weight, self._adapters
+        stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
+        stages = min(_MOST_STAGES, self._shared_bytes // stage_bytes)
+        arguments = _Arguments(
+            slabs=weight.slabs.data_ptr(), halves=self._halves.data_ptr(),
+            lora_b=adapters.lora_B.data_ptr() if adapters else None,
+            first_step=adapters.first_tile.data_ptr() if adapters else None,
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            n_rows=weight.n_rows, slabs_per_block=weight.n_slabs, block_steps=adapters.block_tiles if adapters else 0,
+            u_steps=adapters.n_tiles if adapters else 0, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
+            stage_bytes=stage_bytes, stages=stages,
+        )  # fmt: skip
+        chosen = definitions(weight.encoding, weight.dtype, NT=nt)
+        device = weight.slabs.device.index
+        launch = Launch(
+            function("wide_linear.cu", "wide_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,
+            [arguments],
+        )  # fmt: skip
+        clusters = ctypes.c_int()
+        handle = function("wide_linear.cu", "add_splits", chosen, device)
+        return arguments, clusters, launch, Launch(handle, (1, 1, 1), 256, 0, [arguments, clusters])
+
+
+def halves(weight: SlabWeight) -> torch.Tensor:
+    """Return where each slab's units 0 and 8 begin, and the end, (2 * slabs + 1,) int32 in units of 16 bytes."""
+    starts = weight.offsets.to(torch.int64)
+    eighth = weight.slabs.view(torch.int16)[starts[:-1] * 8 + 8].to(torch.int64)
+    first = starts + _HEADER_BYTES // 16
+    begins = torch.stack([first[:-1], starts[:-1] + eighth], 1).flatten()
+    return torch.cat([begins, first[-1:]]).to(torch.int32)
+
+
+class _InputArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "lora_a", "scaling", "x_out", "u_out")),
+        *((name, ctypes.c_int) for name in ("batch", "tile_rows", "n_slabs", "rank_tiles")),
+    )
+
+
+class _TilesOfInput:
+    """The launch that gives x and u = (x A^T) * scaling in the order of asynchronous products, by tiles of rows."""
+
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
+        self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
+        self._arguments = _InputArguments(
+            lora_a=adapters.lora_A.data_ptr() if adapters else None,
+            scaling=adapters.scaling.data_ptr() if adapters else None,
+            n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
+        )  # fmt: skip
+        half = int(weight.dtype == torch.float16)
+        handle = function("tiles_of_x.cu", "tiles_of_x", (("HALF", half),), weight.slabs.device.index)
+        shared_bytes = _INPUT_SUMS_BYTES if adapters else 0
+        self._launch = Launch(handle, (1, 1, 1), 256, shared_bytes, [self._arguments])
+
+    def __call__(self, x: torch.Tensor, n_tiles: int, rows: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x (M, K padded) and its u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
+        x_out, u_out = x.new_empty(n_tiles * rows, x.shape[1]), x.new_empty(n_tiles * rows, self._ranks)
+        arguments = self._arguments
+        arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
+        arguments.batch, arguments.tile_rows = x.shape[0], rows
+        self._launch.over(_PARTS_OF_INPUT, -(-x.shape[0] // _INPUT_ROWS))(stream)
+        return x_out, u_out
