@@ -185,6 +185,14 @@ def test_removing_a_trained_adapter_leaves_no_trace(packed, train, tmp_path):
     assert (tmp_path / "m.salr").read_bytes() == packed.read_bytes()
 
 
+def test_what_was_merged_into_an_adapter_keeps_its_settings_by_name(trained, tmp_path):
+    path = trained[1]
+    before = salr.open(path).manifest.source["trained"]
+    assert set(before) == {"default", "residual"}
+    salr.merge_adapters(path, ["residual", "default"], "residual", rank=8)
+    assert salr.open(path).manifest.source["trained"] == {"residual": {"merged_from": before}}
+
+
 def test_peft_directories_of_a_tuned_file_compute_the_same(trained, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
