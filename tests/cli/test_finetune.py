@@ -116,6 +116,7 @@ def test_mistakes_are_one_line_and_leave_nothing(fails, speaker, data, whole, tm
     out = tmp_path / "o.salr"
     for arguments, words in [
         ((speaker, "--data", tmp_path / "no.jsonl", "-o", out), "no.jsonl: cannot be read"),
+        ((speaker, "--data", data, "-o", out, "--rank", 65), "rank 65, needed at most min(N, K) ="),
         ((speaker, "--data", data, "-o", tmp_path / "o.bin"), "needed a file name ending in .salr"),
         ((speaker, "--data", data, "-o", whole[1]), "the output exists already"),
         ((speaker, "--data", data, "-o", out, "--batch", 0), "batch 0, needed 1 or more"),

@@ -142,6 +142,7 @@ def test_a_model_without_anything_trainable_is_refused(packed):
     ("options", "words"),
     [
         ({"rank": 0}, "rank 0, needed 1 or more"),
+        ({"rank": 33}, r"k_proj': rank 33, needed at most min\(N, K\) = 32; lower the rank, or leave the layer out"),
         ({"alpha": float("nan")}, "alpha nan, needed a finite number"),
         ({"dropout": 1.0}, "dropout 1.0, needed"),
         ({"name": "residual"}, "adapter name 'residual', needed letters"),
@@ -164,6 +165,12 @@ def test_what_makes_no_sense_is_refused_before_the_model_changes(packed, options
     salr.prepare_for_training(model)
     with pytest.raises(AdapterError, match="has adapters of peft already; load it again"):
         salr.prepare_for_training(model)
+
+
+def test_a_rank_need_fit_the_layers_it_goes_on_only(packed):
+    with torch.no_grad():
+        tuned = prepared(packed, rank=64, target=["q_proj"])
+    assert tuned.get_base_model().get_submodule(Q).lora_A["default"].weight.shape == (64, 64)
 
 
 def test_a_file_without_residual_says_so(llama, tmp_path):
