@@ -16,8 +16,8 @@ from ..converter.adapters.summary import AdapterSummary
 from ..converter.adapters.trained import TrainedAdapter, TrainedFactors, write_trained
 from ..formats import naming
 from ..formats.dtypes import to_float32
-from ..formats.errors import AdapterError
-from ..formats.manifest import RESIDUAL
+from ..formats.errors import AdapterError, OptionError
+from ..formats.manifest import RESIDUAL, why_not_json
 from ..formats.reader import SalrFile
 from ..formats.rewriting import Destination
 from ..formats.version import VERSION
@@ -53,8 +53,10 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     Raises:
         AdapterError: the model is no packed model or its file has changed; an adapter is no plain LoRA on packed linear
             layers, has a taken name or holds NaN; or something else than adapters is trainable.
+        OptionError: ``settings`` hold what JSON cannot.
         SalrError: the output exists or cannot be written, or the old file is damaged.
     """
+    _check_settings(settings)
     inner = inner_model(model)
     names = {home: module for module, home in skeleton_of(inner).homes.items()}
     file = file_of(inner)
@@ -70,6 +72,22 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     _check_nothing_lost(inner, set(found))
     written = write_trained(file, adapters, Destination(Path(path), force))
     return SaveReport(Path(path), Path(path).stat().st_size, tuple(written))
+
+
+def _check_settings(settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings that the manifest could not record."""
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise OptionError(f"settings of type {type(settings).__name__}", needed="a dict, names to JSON values")
+    for name, value in settings.items():
+        reason = why_not_json({name: value}) if isinstance(name, str) else "its name is no text"
+        if reason is not None:
+            raise OptionError(
+                f"setting {name!r} cannot be recorded ({reason})",
+                needed="what JSON holds: text, finite numbers, true, false, null, and lists or objects of them",
+                fix="convert it first, a path with str() for example",
+            )
 
 
 def _lora_layers(inner: Any) -> list[tuple[str, Any]]:
