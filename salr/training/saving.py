@@ -23,7 +23,7 @@ from ..formats.rewriting import Destination
 from ..formats.version import VERSION
 from ..runtime.experts import packed_modules
 from ..runtime.linear import SalrLinear
-from .packed_model import file_of, inner_model, packed_linears, skeleton_of
+from .packed_model import adapted_layers, file_of, inner_model, packed_linears, skeleton_of
 
 _CONVERT = "train LoRA on packed linear layers alone, or train the dense model and convert it"
 
@@ -60,8 +60,7 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     inner = inner_model(model)
     names = {home: module for module, home in skeleton_of(inner).homes.items()}
     file = file_of(inner)
-    if not _lora_layers(inner):
-        raise AdapterError("the model has no adapter of peft", fix="use salr.prepare_for_training or get_peft_model")
+    adapted_layers(inner)
     _check_whole(model, inner)
     found = _factors(inner, names)
     adapters = [
@@ -88,10 +87,6 @@ def _check_settings(settings: Mapping[str, Any] | None) -> None:
                 needed="what JSON holds: text, finite numbers, true, false, null, and lists or objects of them",
                 fix="convert it first, a path with str() for example",
             )
-
-
-def _lora_layers(inner: Any) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in inner.named_modules() if hasattr(module, "base_layer")]
 
 
 def _configs(model: Any) -> Mapping[str, Any]:
@@ -126,7 +121,7 @@ def _check_whole(model: Any, inner: Any) -> None:
 def _factors(inner: Any, names: Mapping[str, str]) -> dict[str, dict[str, TrainedFactors]]:
     """Return adapter -> the file's name of a module -> factors."""
     found: dict[str, dict[str, TrainedFactors]] = {}
-    for path, layer in _lora_layers(inner):
+    for path, layer in adapted_layers(inner):
         if not isinstance(layer.base_layer, SalrLinear):
             raise AdapterError(
                 "its adapter is on a layer that is not packed", tensor=path, needed="packed linear layers", fix=_CONVERT

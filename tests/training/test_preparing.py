@@ -134,8 +134,30 @@ def test_rates_that_make_no_sense_are_refused(packed, arguments, words):
 def test_a_model_without_anything_trainable_is_refused(packed):
     tuned = prepared(packed)
     tuned.requires_grad_(False)
-    with pytest.raises(OptionError, match=r"no trainable parameter; use salr.prepare_for_training"):
+    with pytest.raises(OptionError, match=r"no trainable parameter; load adapters with is_trainable=True, or prepare"):
         salr.param_groups(tuned, 1e-3)
+
+
+def test_a_model_that_was_never_prepared_is_refused_packed_or_dense(packed, llama):
+    words = r"the model has no adapter of peft; use salr.prepare_for_training or get_peft_model"
+    for model in (salr.load(packed), AutoModelForCausalLM.from_pretrained(llama)):
+        assert any(parameter.requires_grad for parameter in model.parameters())
+        with pytest.raises(AdapterError, match=words):
+            salr.param_groups(model, 1e-3)
+
+
+def test_adapters_of_peft_are_grouped_whatever_they_are_on_and_so_is_what_else_trains(packed, llama):
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    wrapped = get_peft_model(dense, LoraConfig(r=2, target_modules=["q_proj"]))
+    integrated = salr.load(packed)
+    integrated.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    thawed = get_peft_model(salr.load(packed), LoraConfig(r=2, target_modules=["q_proj"]))
+    thawed.get_base_model().model.norm.weight.requires_grad_(True)
+    compiled = torch.compile(wrapped)
+    found = [salr.param_groups(model, 1e-3) for model in (wrapped, integrated, thawed, compiled)]
+    assert [[(g["name"], len(g["params"])) for g in groups] for groups in found] == [
+        [("adapters", n)] for n in (4, 4, 5, 4)
+    ]
 
 
 @pytest.mark.parametrize(
