@@ -100,11 +100,15 @@ Executor = Annotated[str, typer.Option(help="Who converts: local, or ray (a Ray 
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size like 5GB or 300MB (powers of ten), or of a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    """Return the bytes of a size like 5GB or 300MB (powers of ten).
+
+    Raises:
+        OptionError: it is no size; or has no unit: of bytes and gigabytes, which are meant would be a guess.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)B|([KMGT]))\s*", text, re.IGNORECASE)
     if found is None:
         raise OptionError(f"size {text!r}", needed="a number with KB, MB, GB or TB, as 5GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(found[1]) * _UNITS[(found[2] or found[3] or "").upper()])
 
 
 def parse_part(text: str) -> tuple[int, int]:
