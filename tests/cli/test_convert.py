@@ -145,6 +145,23 @@ def test_a_forced_conversion_that_fails_leaves_the_old_file(fails, source, out):
     assert out.read_bytes() == b"precious" and left(out) == ["out.salr"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "LICENSE", "link"])
+def test_an_output_that_is_a_file_of_the_source_is_refused_even_with_force(fails, source, name):
+    (source / "link").symlink_to("model.safetensors")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    line = fails("convert", *MAGNITUDE, source, source / name, "--force", "--quiet")
+    assert line.endswith(f"{name}: the output is one of the inputs; choose another name")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_trained_adapter_is_not_replaced_by_what_is_made_from_it(fails, llama32, lora, tmp_path):
+    mine = shutil.copytree(lora, tmp_path / "lora")
+    out = mine / "adapter_model.safetensors"
+    before = out.read_bytes()
+    assert "one of the inputs" in fails("convert", *MAGNITUDE, llama32, out, "--adapter", mine, "--force", "--quiet")
+    assert out.read_bytes() == before
+
+
 def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, source, out):
     partial = Path(f"{out}.partial")
     partial.mkdir()

@@ -191,6 +191,14 @@ def test_one_shard_alone_is_neither_edited_nor_taken_for_the_model(copy, tmp_pat
     assert SalrFile(copy).is_sharded
 
 
+def test_joining_into_one_of_the_shards_is_refused(copy):
+    first = files(copy)[0]
+    before = first.read_bytes()
+    with pytest.raises(OutputError, match=r"00001.*: the output is one of the inputs; choose another name"):
+        join([copy], first, force=True)
+    assert first.read_bytes() == before and SalrFile(copy).modules
+
+
 def test_an_existing_directory_is_never_replaced(shards, llama):
     with pytest.raises(OutputError, match="the output exists already; remove it"):
         salr.convert(llama, shards, options(max_shard_size=40_000, force=True))
