@@ -21,6 +21,7 @@ from . import backends, memory
 from .devices import usable_device
 from .errors import LoadError
 from .experts import packed_modules
+from .generation import positions_of
 from .loading import DTYPES, load
 from .quiet import quiet_transformers
 
@@ -169,9 +170,9 @@ def backend_of(model: torch.nn.Module) -> str:
 def _check_length(model: Any, name: str, options: BenchOptions) -> None:
     if not model.can_generate():
         raise OptionError(f"{type(model).__name__} writes no text", path=name, needed="a language model")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions_of(model.config)
     needed = options.prompt_tokens + options.new_tokens
-    if most is not None and needed > most:
+    if needed > most:
         raise OptionError(f"{needed} tokens a sequence", path=name, needed=f"at most {most}", fix="--prompt-tokens N")
 
 

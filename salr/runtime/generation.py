@@ -52,13 +52,17 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Generated:
-    """A text with its cost: tokens read and written, seconds until the first token and in all."""
+    """A text with its cost: tokens read and written, seconds until the first token and in all.
+
+    ``is_cut``: it ends where the model's positions do.
+    """
 
     text: str
     n_prompt_tokens: int
     n_new_tokens: int
     first_token_seconds: float
     seconds: float
+    is_cut: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,28 +85,50 @@ def generate(
 ) -> Generated:
     """Answer the last of ``messages`` (each with ``role`` and ``content``), and give each piece of text to ``on_text``.
 
-    Without a chat template, or where ``options.raw`` asks for it, the last message's content is continued.
+    Without a chat template, or where ``options.raw`` asks for it, the last message's content is continued. The text
+    ends where the model's positions do.
 
     Raises:
-        OptionError: the model cannot generate.
+        OptionError: the model cannot generate, or the prompt is empty or fills the model's positions.
     """
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise OptionError(f"{type(model).__name__} does not generate text", needed="a language model")
     inputs = _inputs(tokenizer, messages, options).to(model.device)
+    n_prompt = inputs["input_ids"].shape[1]
+    room = _room(model, n_prompt)
+    settings = options.settings() | {"max_new_tokens": min(options.max_tokens, room)}
     if options.seed is not None:
         torch.manual_seed(options.seed)
     streamer = _streamer(tokenizer, on_text)
     start = time.perf_counter()
-    output = model.generate(**inputs, **options.settings(), streamer=streamer)
+    output = model.generate(**inputs, **settings, streamer=streamer)
     stop = time.perf_counter()
-    n_prompt = inputs["input_ids"].shape[1]
+    n_new = output.shape[1] - n_prompt
     return Generated(
         text="".join(streamer.pieces),
         n_prompt_tokens=n_prompt,
-        n_new_tokens=output.shape[1] - n_prompt,
+        n_new_tokens=n_new,
         first_token_seconds=(streamer.first or stop) - start,
         seconds=stop - start,
+        is_cut=n_new == room < options.max_tokens,
     )
+
+
+def positions_of(config: Any) -> float:
+    """Return how many tokens a model takes, prompt and answer together; infinity where its config tells no limit."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if most is None else int(most)
+
+
+def _room(model: Any, n_prompt: int) -> float:
+    """Return how many tokens fit behind a prompt of ``n_prompt``."""
+    if n_prompt == 0:
+        raise OptionError("a prompt without a token", fix="give some text")
+    most = positions_of(model.config)
+    if n_prompt >= most:
+        fix = "shorten it, or begin another conversation"
+        raise OptionError(f"a prompt of {n_prompt} tokens", needed=f"fewer than the model's {most} positions", fix=fix)
+    return most - n_prompt
 
 
 def _inputs(tokenizer: Any, messages: Sequence[Message], options: GenerateOptions) -> Any:
