@@ -121,9 +121,10 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     for part in filter(None, settings.replace(" ", "").split(",")):
         key, _, value = part.partition("=")
         try:
-            parsed[key] = _PARSERS.get(key, float)(value)
+            parsed[key] = _PARSERS.get(key, str)(value)
         except ValueError as error:
-            raise OptionError(f"--set {text!r}: {part!r}", needed="key=value") from error
+            needed = "an integer" if _PARSERS.get(key) is int else "a number"
+            raise OptionError(f"--set {text!r}: {part!r}", needed=f"{key}= and {needed}") from error
     if not parsed:
         raise OptionError(f"--set {text!r}", needed="'PATTERN key=value,key=value'")
     return pattern, parsed

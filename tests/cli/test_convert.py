@@ -188,6 +188,11 @@ def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, 
         (["--exclude", "re:("], "pattern 're:(' is no regular expression"),
         (["--set", "nothing.* rank=1"], "pattern 'nothing.*' matches no module"),
         (["--set", "* colour=1"], "unknown setting 'colour'"), (["--set", "*"], "needed 'PATTERN key=value,key=value'"),
+        (["--set", "* rank=1.5"], "--set '* rank=1.5': 'rank=1.5', needed rank= and an integer"),
+        (["--set", "* sparsity"], "'sparsity', needed sparsity= and a number"),
+        (["--set", "* colour=red"], "unknown setting 'colour'"),
+        (["--calibration-length", "64"], "length of calibration without a text, needed --calibration FILE, or"),
+        (["--calibration", "none", "--seed", "1"], "seed of calibration without a text"),
         (["--recipe", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
         (["--workers", "0"], "0 workers, needed 1 or more"),
         (["--device", "gpu"], "device 'gpu', needed cpu or cuda[:i,...]"), (["--base", "/nowhere"], "--base"),
@@ -198,6 +203,11 @@ def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, 
 )  # fmt: skip
 def test_a_senseless_option_is_one_line_and_leaves_nothing(fails, source, out, options, words):
     assert words in fails("convert", *MAGNITUDE, source, out, "--quiet", *options)
+    assert left(out) == []
+
+
+def test_a_device_that_is_not_here_is_told_before_the_story_begins(fails, source, out):
+    assert "device 'mps', needed cpu or cuda" in fails("convert", source, out, "--device", "mps")
     assert left(out) == []
 
 

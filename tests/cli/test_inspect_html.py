@@ -61,6 +61,7 @@ def test_a_page_that_cannot_be_written_is_one_line(fails, packed):
 def test_combinations_without_a_meaning_are_refused(fails, packed, golden, tmp_path):
     assert "2 files, needed one file" in fails("inspect", packed, golden, "--html", tmp_path / "p.html")
     assert "2 files, needed one file" in fails("inspect", packed, golden, "--modules")
+    assert "--html and --json, needed one of them" in fails("inspect", packed, "--html", tmp_path / "p.html", "--json")
     assert "--eval without --html" in fails("inspect", packed, "--eval", tmp_path / "r.json")
 
 
