@@ -16,6 +16,9 @@ import torch
 from ..formats.errors import OptionError
 
 Message = dict[str, str]
+#: what logits can be divided by and stay finite
+_LEAST_TEMPERATURE = 1e-6
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class GenerateOptions:
             raise OptionError(f"--max-tokens {self.max_tokens}", needed="1 or more")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise OptionError(f"--temperature {self.temperature}", needed="a number, 0 or more")
+        if self.temperature and self.temperature < _LEAST_TEMPERATURE:
+            fix = "give 0 for the likeliest token each time"
+            raise OptionError(f"--temperature {self.temperature}", needed=f"{_LEAST_TEMPERATURE} or more", fix=fix)
+        if self.seed is not None and abs(self.seed) > _LARGEST_SEED:
+            raise OptionError(f"--seed {self.seed}", needed=f"at most {_LARGEST_SEED}")
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of ``model.generate``."""

@@ -88,6 +88,8 @@ def test_a_prompt_without_tokens_or_without_room_for_an_answer_is_one_line(fails
     [
         (("--adapter", "none=2"), "adapter 'none', needed one of none: the model has none"),
         (("--max-tokens", 0), "--max-tokens 0, needed 1 or more"),
+        (("--temperature", 1e-300), "--temperature 1e-300, needed 1e-06 or more; give 0 for the likeliest token"),
+        (("--seed", 2**63), f"--seed {2**63}, needed at most {2**63 - 1}"),
         (("--temperature", -1), "--temperature -1.0, needed a number, 0 or more"),
         (("--temperature", "nan"), "--temperature nan, needed a number, 0 or more"),
         (("--temperature", "inf"), "--temperature inf, needed a number, 0 or more"),
