@@ -97,10 +97,11 @@ def generate(
     ends where the model's positions do.
 
     Raises:
-        OptionError: the model cannot generate, or the prompt is empty or fills the model's positions.
+        OptionError: the model cannot generate, or the prompt is empty, no text, or fills the model's positions.
     """
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise OptionError(f"{type(model).__name__} does not generate text", needed="a language model")
+    _check_text(messages)
     inputs = _inputs(tokenizer, messages, options).to(model.device)
     n_prompt = inputs["input_ids"].shape[1]
     room = _room(model, n_prompt)
@@ -120,6 +121,15 @@ def generate(
         seconds=stop - start,
         is_cut=n_new == room < options.max_tokens,
     )
+
+
+def _check_text(messages: Sequence[Message]) -> None:
+    """Refuse what came from bytes that are no UTF-8: no tokenizer takes it."""
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise OptionError("a prompt that is no UTF-8 text", fix="convert it to UTF-8") from error
 
 
 def positions_of(config: Any) -> float:

@@ -79,6 +79,7 @@ def test_a_text_ends_where_the_models_positions_do_and_says_so(salr, speaker):
 
 def test_a_prompt_without_tokens_or_without_room_for_an_answer_is_one_line(fails, speaker):
     assert "a prompt without a token; give some text" in fails("generate", speaker, "", "--raw")
+    assert "a prompt that is no UTF-8 text" in fails("generate", speaker, "w5 \udcff")
     line = fails("generate", speaker, "w5 " * 64, "--raw")
     assert "a prompt of 64 tokens, needed fewer than the model's 64 positions; shorten it" in line
 
