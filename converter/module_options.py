@@ -24,6 +24,7 @@ else:
 
 DEFAULT_RANK = 64
 MAX_SPARSITY = 0.95
+MAX_GROUP_SIZE = 2**31 - 1
 SOURCE = "source"
 VALUES = (SOURCE, *ENCODINGS)
 ADAPTER_VALUES = (SOURCE, "int8")
@@ -58,8 +59,10 @@ class ModuleOptions:
         ):
             if value not in choices:
                 raise OptionError(f"{name} {value!r}", needed="one of " + ", ".join(choices))
-        if type(self.group_size) is not int or self.group_size < 1:
-            raise OptionError(f"group_size {self.group_size!r}", needed="an integer, 1 or more")
+        if type(self.group_size) is not int or not 1 <= self.group_size <= MAX_GROUP_SIZE:
+            raise OptionError(
+                f"group_size {self.group_size!r}", needed=f"an integer, 1 or more, up to {MAX_GROUP_SIZE}"
+            )
 
     @property
     def is_quantized(self) -> bool:
@@ -121,9 +124,10 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     for part in filter(None, settings.replace(" ", "").split(",")):
         key, _, value = part.partition("=")
         try:
-            parsed[key] = _PARSERS.get(key, float)(value)
+            parsed[key] = _PARSERS.get(key, str)(value)
         except ValueError as error:
-            raise OptionError(f"--set {text!r}: {part!r}", needed="key=value") from error
+            needed = "an integer" if _PARSERS.get(key) is int else "a number"
+            raise OptionError(f"--set {text!r}: {part!r}", needed=f"{key}= and {needed}") from error
     if not parsed:
         raise OptionError(f"--set {text!r}", needed="'PATTERN key=value,key=value'")
     return pattern, parsed

@@ -18,7 +18,7 @@ from ..formats import naming
 from ..formats.container import TensorSpec
 from ..formats.errors import OptionError, OutputError, SourceError
 from ..formats.manifest import Manifest
-from ..formats.partial_output import PartialOutput, check_output
+from ..formats.partial_output import PartialOutput, check_is_no_input, check_output
 from ..formats.reader import SalrFile
 from ..formats.resuming import PLAN_NAME, ResumingWriter
 from ..formats.sharding import ShardContent, complete_set, shard_manifests, shard_name
@@ -131,8 +131,15 @@ def plan_conversion(source: str | Path, options: ConvertOptions, partial: Partia
     """Open the source with its adapters and decide what becomes of every tensor.
 
     What needs a look at the whole model is kept in ``options.plan_file``, or else in ``partial``.
+
+    Raises:
+        OutputError: the output is one of the files that are read.
+        SourceError, AdapterError, OptionError: see ``convert``.
     """
     checkpoint, adapters = open_source(source, options)
+    if partial is not None:
+        assets = [asset.path for asset in checkpoint.assets()]
+        check_is_no_input(partial.path, [*_input_files(checkpoint, adapters).paths.values(), *assets])
     if not options.looks_at_whole_model:
         return make_plan(checkpoint, adapters, options)
     if options.target_bits is not None and (not options.module.sparsity or options.overrides):

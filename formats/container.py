@@ -75,6 +75,10 @@ class Container:
         if not self.path.is_file():
             raise FormatError("no such file", path=self.path, fix="check the path")
         try:
+            self.path.open("rb").close()  # safetensors calls every file that it cannot open a missing one
+        except OSError as error:
+            raise FormatError(f"cannot be read ({error.strerror})", path=self.path, fix="check the file") from error
+        try:
             with safe_open(self.path, framework="np"):
                 pass
         except (SafetensorError, OSError, ValueError) as error:

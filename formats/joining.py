@@ -13,6 +13,7 @@ from . import naming
 from .container import TensorSpec
 from .errors import FormatError
 from .opening import open_checked
+from .partial_output import check_is_no_input
 from .rewriting import copy_tensor
 from .sharding import INDEX_NAME, ShardSet
 from .writer import SalrWriter
@@ -36,11 +37,12 @@ def join(
 
     Raises:
         FormatError: a shard is missing, damaged, or belongs to another set.
-        OutputError: see ``SalrWriter``.
+        OutputError: ``out`` is one of the shards; or see ``SalrWriter``.
     """
     paths = [path for source in sources for path in _shard_paths(Path(source))]
     if not paths:
         raise FormatError("no shards were given", needed="every shard of one set")
+    check_is_no_input(Path(out), paths)
     shards = ShardSet(paths[0].parent, [open_checked(path) for path in paths])
     specs = _specs_in_order(shards)
     with SalrWriter(out, specs, force=force, fresh=fresh) as writer:

@@ -190,6 +190,15 @@ class _Fields:
         return tuple(value)
 
 
+def why_not_json(value: object) -> str | None:
+    """Return why a manifest cannot hold ``value``, None where it can."""
+    try:
+        json.loads(canonical_json(value), object_pairs_hook=_unique_keys)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    return None
+
+
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """Parse and check the manifest of the file at ``path``.
 

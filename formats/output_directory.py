@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
+from .partial_output import check_output
 
 
 @contextmanager
@@ -21,9 +22,8 @@ def output_directory(path: str | Path) -> Iterator[Path]:
         OutputError: ``path`` exists, or its parent cannot be written.
     """
     path = Path(path)
+    check_output(path, force=False, is_directory=True)
     partial = path.with_name(path.name + ".partial")
-    if path.exists():
-        raise OutputError("the output exists already", path=path, fix="remove it, or choose another name")
     try:
         partial.mkdir()
     except FileExistsError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -37,8 +38,8 @@ class PartialOutput:
         self, path: str | Path, *, force: bool = False, fresh: bool = False, is_directory: bool = False
     ) -> None:
         self.path = Path(path)
-        self.folder = self.path.with_name(self.path.name + ".partial")
         check_output(self.path, force=force, is_directory=is_directory)
+        self.folder = self.path.with_name(self.path.name + ".partial")
         self._lock = self._take_lock()
         self._is_open = True
         if fresh:
@@ -54,6 +55,8 @@ class PartialOutput:
         while True:
             try:
                 self.folder.mkdir(exist_ok=True)
+            except FileExistsError as error:
+                raise OutputError("this is a file", path=self.folder, needed="no such name", fix="remove it") from error
             except OSError as error:
                 raise self._cannot_write(error) from error
             try:
@@ -173,6 +176,16 @@ def check_output(path: Path, *, force: bool, is_directory: bool = False) -> None
         raise OutputError("the output exists already", path=path, fix="give --force to replace it, or another name")
     if not path.parent.is_dir():
         raise OutputError("no such directory", path=path.parent, fix="make it first")
+
+
+def check_is_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that would replace what it is made from.
+
+    Raises:
+        OutputError: see above.
+    """
+    if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+        raise OutputError("the output is one of the inputs", path=path, fix="choose another name")
 
 
 def _is_still_there(handle: int, path: Path) -> bool:

@@ -60,11 +60,26 @@ class SalrFile:
         """Refuse shards for a ``purpose`` that needs one file.
 
         Raises:
-            FormatError: this is a directory of shards.
+            FormatError: this is a directory of shards, or one of them.
         """
-        if self.is_sharded:
+        if self.is_sharded or self.manifest.shard is not None:
+            folder = self.path if self.is_sharded else self.path.parent
+            found = f"{purpose} needs one file"
+            raise FormatError(found, path=self.path, fix=f"make it with `salr join {folder} OUT.salr`")
+
+    def require_whole(self, purpose: str) -> None:
+        """Refuse one shard of several for a ``purpose`` that needs the whole model; their directory is whole.
+
+        Raises:
+            FormatError: see above.
+        """
+        number, n_shards = self.manifest.shard or (1, 1)
+        if not self.is_sharded and n_shards > 1:
             raise FormatError(
-                f"{purpose} needs one file", path=self.path, fix=f"make it with `salr join {self.path} OUT.salr`"
+                f"is shard {number} of {n_shards}",
+                path=self.path,
+                needed=f"the whole model for {purpose}",
+                fix=f"give the directory of all shards, {self.path.parent}",
             )
 
     def is_current(self) -> bool:

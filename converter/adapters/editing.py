@@ -115,7 +115,8 @@ def scale_adapter(
     """
     file = SalrFile(path)
     if (factor is None) == (scaling is None):
-        raise OptionError("a factor and a scaling" if factor is not None else "no factor", needed="one of both")
+        found = "a factor and a scaling" if factor is not None else "no factor and no scaling"
+        raise OptionError(found, needed="one of both: FACTOR, or --scaling S")
     adapter_uses(file, name)
     check_is_separate(file, name, "scaled")
     if name == RESIDUAL:

@@ -236,12 +236,13 @@ def _squared_norm(lora_b: torch.Tensor, lora_a: torch.Tensor) -> float:
 
 
 def _manifest(manifest: Manifest, modules: dict[str, ModuleEntry], names: Sequence[str], into: str) -> Manifest:
-    """Return the manifest with the merged keys folded in its ledger."""
+    """Return the manifest with the merged keys folded in its ledger, and the settings of all that were merged."""
     folded = {"fate": "folded", "reason": records.merged_reason(into)}
     ledger = tuple(
         replace(line, **folded) if any(records.owns(line, name) for name in names) else line for line in manifest.ledger
     )
-    source = records.with_settings(manifest.source, {}, modules)
+    settings = records.merged_settings(manifest.source, names, into)
+    source = records.with_settings(manifest.source, settings, modules)
     return replace(manifest, modules=modules, ledger=ledger, source=source)
 
 

@@ -16,6 +16,8 @@ from ...formats.version import VERSION
 TRAINED_ORIGIN = "PEFT LoRA"
 #: key of the manifest's ``source``: adapter -> settings it was trained with on the packed base
 TRAINED = "trained"
+#: key of an adapter's settings: those of the adapters that were merged into it, by name
+MERGED_FROM = "merged_from"
 _TRAINED_HERE = "trained by salr "
 _MERGED = "merged from "
 _MERGED_INTO = "factor merged into adapter "
@@ -98,11 +100,22 @@ def values_beside_a_changed_residual(entry: ModuleEntry) -> str:
 def with_settings(source: dict[str, Any], settings: Mapping[str, Any], modules: Mapping[str, ModuleEntry]) -> Any:
     """Return the manifest's source with more training settings, and without those of adapters that are gone."""
     held = {adapter.name for entry in modules.values() for adapter in entry.adapters}
-    known = source.get(TRAINED)
-    every = {**(known if isinstance(known, dict) else {}), **settings}
+    every = {**_settings(source), **settings}
     kept = {name: value for name, value in every.items() if name in held}
     rest = {key: value for key, value in source.items() if key != TRAINED}
     return {**rest, TRAINED: kept} if kept else rest
+
+
+def merged_settings(source: Mapping[str, Any], names: Sequence[str], into: str) -> dict[str, Any]:
+    """Return the training settings of what was merged into ``into``: those of each adapter by its name."""
+    known = _settings(source)
+    kept = {name: known[name] for name in names if name in known}
+    return {into: {MERGED_FROM: kept}} if kept else {}
+
+
+def _settings(source: Mapping[str, Any]) -> dict[str, Any]:
+    known = source.get(TRAINED)
+    return known if isinstance(known, dict) else {}
 
 
 def rescaled(adapter: AdapterEntry, scaling: float) -> AdapterEntry:

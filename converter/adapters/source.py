@@ -53,6 +53,8 @@ class Adapter:
 
     def __init__(self, directory: str | Path, name: str) -> None:
         self.directory, self.name = Path(directory), name
+        if self.directory.is_file():
+            raise AdapterError("is a file", path=directory, needed="the directory of a PEFT adapter")
         if not is_adapter_name(name) or name == RESIDUAL:
             raise AdapterError(
                 f"adapter name {name!r}",

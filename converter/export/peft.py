@@ -84,6 +84,7 @@ def export_peft(
         SalrError: the file is damaged, or the output exists or cannot be written.
     """
     wanted, file = wanted_dtype(dtype), SalrFile(path)
+    file.require_whole("salr export peft")
     with output_directory(out) as partial:
         base = partial / "base"
         base.mkdir()

@@ -41,6 +41,7 @@ def unpack(
     """
     wanted = wanted_dtype(dtype)
     file = SalrFile(path)
+    file.require_whole("unpacking")
     fitted = [name for name, entry in file.modules.items() if entry.values_from != "source"]
     if not residual and fitted:
         raise OptionError(

@@ -46,7 +46,7 @@ def fail(text: str) -> None:
 
 
 def guarded(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Turn errors of the library into one line and an exit status, and Ctrl-C into 130."""
+    """Turn errors of the library and of the system into one line and an exit status, and Ctrl-C into 130."""
 
     @functools.wraps(command)
     def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
@@ -57,6 +57,12 @@ def guarded(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
             raise typer.Exit(3) from error
         except SalrError as error:
             fail(str(error))
+            raise typer.Exit(1) from error
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough: click ends quietly
+        except OSError as error:
+            place = f"{error.filename!s:.200}: " if error.filename is not None else ""
+            fail(f"{place}{error.strerror or error}; check the path, its permissions and the disk")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             fail("interrupted; nothing stands under the output's name; to convert or train on, give the same command")

@@ -41,8 +41,8 @@ def convert(
     rounds: option.Rounds = 60,
     calibration: option.Calibration = None,
     samples: option.Samples = None,
-    length: option.Length = 1024,
-    seed: option.Seed = 0,
+    length: option.Length = None,
+    seed: option.Seed = None,
     adapter: option.Adapter = [],  # noqa: B006
     base: option.Base = None,
     revision: option.Revision = None,
@@ -108,9 +108,11 @@ def make(
     source: Path, out: Path, options: ConvertOptions, executor: str, *, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
     """Convert, and say what is found, done and measured."""
+    from ..converter.execution.devices import resolve_devices
     from ..converter.pipeline import convert_plan, open_output, plan_conversion
 
     silent = quiet or as_json
+    resolve_devices(options.device)
     with open_output(out, options) as partial:
         plan = plan_conversion(source, options, partial)
         show_source(plan, options, partial.path, silent)

@@ -60,8 +60,8 @@ Calibration = Annotated[
 Samples = Annotated[
     int | None, typer.Option("--calibration-samples", help="Windows of text.", show_default="64; 16 if synthetic")
 ]
-Length = Annotated[int, typer.Option("--calibration-length", help="Tokens a window.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of windows.")]
+Length = Annotated[int | None, typer.Option("--calibration-length", help="Tokens a window.", show_default="1024")]
+Seed = Annotated[int | None, typer.Option(help="Of the choice of windows.", show_default="0")]
 
 Adapter = Annotated[
     list[str], typer.Option(metavar="[NAME=]DIR", help="LoRA kept exact, directory or hub id; repeatable.")
@@ -100,11 +100,15 @@ Executor = Annotated[str, typer.Option(help="Who converts: local, or ray (a Ray 
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size like 5GB or 300MB (powers of ten), or of a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    """Return the bytes of a size like 5GB or 300MB (powers of ten).
+
+    Raises:
+        OptionError: it is no size; or has no unit: of bytes and gigabytes, which are meant would be a guess.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)B|([KMGT]))\s*", text, re.IGNORECASE)
     if found is None:
         raise OptionError(f"size {text!r}", needed="a number with KB, MB, GB or TB, as 5GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(found[1]) * _UNITS[(found[2] or found[3] or "").upper()])
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -125,11 +129,22 @@ def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
     return tuple(parsed)
 
 
-def calibration_options(text: str | None, samples: int | None, length: int, seed: int) -> CalibrationOptions | None:
-    """Return the calibration asked for; None leaves the choice to the method."""
-    from ..converter.options import SYNTHETIC, SYNTHETIC_SAMPLES, CalibrationOptions
+def calibration_options(
+    text: str | None, samples: int | None, length: int | None, seed: int | None
+) -> CalibrationOptions | None:
+    """Return the calibration asked for; None leaves the choice to the method.
 
+    Raises:
+        OptionError: a number makes no sense, or there is no text that it is about.
+    """
+    from ..converter.options import NO_DATA, SYNTHETIC, SYNTHETIC_SAMPLES, CalibrationOptions
+
+    numbers = {"samples": samples, "length": length, "seed": seed}
+    given = {name: number for name, number in numbers.items() if number is not None}
+    if given and text in (None, NO_DATA):
+        found = f"{', '.join(given)} of calibration without a text"
+        raise OptionError(found, needed="--calibration FILE, or --calibration synthetic")
     if text is None:
         return None
-    usual = SYNTHETIC_SAMPLES if text == SYNTHETIC else CalibrationOptions(text).samples
-    return CalibrationOptions(text, usual if samples is None else samples, length, seed)
+    usual = {"samples": SYNTHETIC_SAMPLES} if text == SYNTHETIC else {}
+    return CalibrationOptions(text, **usual | given)

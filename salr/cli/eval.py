@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..formats.errors import OptionError
+from ..formats.errors import OptionError, OutputError
+from ..formats.output_file import OutputFile
 from . import console
 from .table import show_table
 
 if TYPE_CHECKING:
+    from ..evaluation.protocol import EvalOptions
     from ..evaluation.results import EvalResult
 
 
@@ -38,29 +41,50 @@ def evaluate(
     from ..evaluation.results import as_json as results_as_json
 
     options = EvalOptions(window, stride, max_windows, device)
-    if save is not None:
-        check_report(save, ".json")
     content = read_text(text)
-    from ..evaluation.evaluate import evaluate as run
+    with nullcontext() if save is None else open_results(save) as output:
+        from ..evaluation.evaluate import evaluate as run
 
-    start = time.perf_counter()
-    with console.progress_bar("eval", quiet=quiet or as_json) as progress:
-        results = run(models, text, reference, options, progress=progress)
-    found = results_as_json(results, content, options)
-    if save is not None:
-        save.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if as_json:
-        return console.say_json(found)
-    if quiet:
-        return None
-    first = results[0]
-    console.say(
-        f"{content.name}   {first.n_windows} windows of {window} tokens, stride {options.step}, {first.n_scored} "
-        f"predictions, {options.precision} on {device}"
+        start = time.perf_counter()
+        with console.progress_bar("eval", quiet=quiet or as_json) as progress:
+            results = run(models, text, reference, options, progress=progress)
+        found, seconds = results_as_json(results, content, options), time.perf_counter() - start
+        if as_json:
+            console.say_json(found)
+        elif not quiet:
+            console.say(f"{content.name}   {_scored(results[0], options)}")
+            show_results(results)
+        if output is not None:
+            output.write(0, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+            output.commit()
+    console.say(f"measured in {seconds:.1f} s" + (f"; wrote {save}" if save else ""), quiet=quiet or as_json)
+
+
+def _scored(first: EvalResult, options: EvalOptions) -> str:
+    return (
+        f"{first.n_windows} windows of {options.window} tokens, stride {options.step}, {first.n_scored} predictions, "
+        f"{options.precision} on {options.device}"
     )
-    show_results(results)
-    console.say(f"measured in {time.perf_counter() - start:.1f} s" + (f"; wrote {save}" if save else ""))
-    return None
+
+
+def open_results(path: Path) -> OutputFile:
+    """Return the file to save results in, held before the first is measured; older results are replaced at the end.
+
+    Raises:
+        OptionError: its name does not end in .json, or its folder is missing.
+        OutputError: it cannot be written, or holds something else than results.
+    """
+    from ..evaluation.errors import EvaluationError
+    from ..evaluation.results import read_results
+
+    check_report(path, ".json")
+    if path.exists() and path.stat().st_size:
+        try:
+            read_results(path)
+        except EvaluationError as error:
+            found = "the output exists and holds no results of `salr eval`"
+            raise OutputError(found, path=path, fix="choose another name") from error
+    return OutputFile(path, 0, force=True, fresh=True)
 
 
 def show_results(results: list[EvalResult]) -> None:

@@ -89,7 +89,7 @@ def onnx(
     adapters: Annotated[
         str, typer.Option(help="fused, or overridable: exchanged at run time by .onnx_adapter files.")
     ] = "fused",
-    opset: Annotated[int, typer.Option(help="18 or later.")] = 23,
+    opset: Annotated[int, typer.Option(help="18 to 25.")] = 23,
     dtype: Annotated[str, typer.Option(help="fp32 or fp16 for activations, keys and values.")] = "fp32",
     library: Annotated[bool, typer.Option("--library", help="Put the native library into OUT/ too.")] = False,
     verify: Annotated[

@@ -102,7 +102,8 @@ def _show_cost(answer: Generated, model: Any, quiet: bool) -> None:
         rate = f", {answer.tokens_per_second:.1f} tokens/s after the first" if answer.tokens_per_second else ""
         console.err.print(
             f"{answer.n_prompt_tokens} tokens read, first answered in {answer.first_token_seconds:.2f} s; "
-            f"{answer.n_new_tokens} written{rate}{slow if backend_of(model) == 'reference' else ''}",
+            f"{answer.n_new_tokens} written{rate}{', up to the last of its positions' if answer.is_cut else ''}"
+            f"{slow if backend_of(model) == 'reference' else ''}",
             style="dim",
         )
 
@@ -122,4 +123,4 @@ def parse_scales(texts: list[str]) -> dict[str, float] | None:
             scales[name] = float(scale) if equals else 1.0
         except ValueError as error:
             raise OptionError(f"--adapter {text!r}: scale {scale!r}", needed="a number") from error
-    return {} if list(scales) == ["none"] else scales
+    return {} if texts == ["none"] else scales

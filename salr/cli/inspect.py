@@ -34,6 +34,8 @@ def inspect(
         raise OptionError(f"{len(paths)} files", needed="one file with --modules or --html")
     if evaluation is not None and html is None:
         raise OptionError("--eval without --html", needed="--html PAGE.html beside it")
+    if html is not None and as_json:
+        raise OptionError("--html and --json", needed="one of them")
     if html is not None:
         return write_page(paths[0], html, evaluation)
     if len(paths) > 1:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..formats.errors import FormatError, SalrError
+from ..formats.errors import FormatError, OptionError, SalrError
 from ..formats.reader import SalrFile
 from . import console
 from .convert_options import parse_adapters
@@ -23,6 +23,9 @@ def verify(
     quiet: console.Quiet = False,
 ) -> None:
     """Check every digest and structure of FILE; --against SRC recomputes it. Exit status 3 on a mismatch."""
+    if against is None and (adapter or base is not None):
+        alone = "--adapter" if adapter else "--base"
+        raise OptionError(f"{alone} without --against", needed="--against SRC beside it: they say what SRC was")
     try:
         file = SalrFile(path)
     except FormatError as error:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..converter.report import size_report
+from ..formats.output_file import OutputFile
 from ..formats.reader import SalrFile
 from .charts import Columns, Part, column_plots, decay_panels, size_text, stacked_bars
 from .heat_map import cells_of, heat_map
@@ -60,12 +61,15 @@ def report_page(file: SalrFile, evaluation: Evaluation | None = None) -> str:
 
 
 def write_report(file: SalrFile, path: str | Path, evaluation: Evaluation | None = None) -> None:
-    """Write the page to ``path``, replacing what is there only when the page is complete."""
-    path = Path(path)
-    page = report_page(file, evaluation)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    """Write the page to ``path``, replacing what is there only when the page is complete.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+        SalrError: a module of the file is damaged.
+    """
+    with OutputFile(path, 0, force=True, fresh=True) as output:
+        output.write(0, report_page(file, evaluation).encode())
+        output.commit()
 
 
 def _lead(numbers: Headline) -> str:

@@ -69,7 +69,9 @@ class Packer:
         for name, role in self.roles.items():
             most = min((role.shape or (1, 1))[-2:])
             if (options.module.rank or 0) > most:
-                raise OptionError(f"rank {options.module.rank}", tensor=name, needed=f"at most min(N, K) = {most}")
+                fix = "give SalrConfig a lower rank, or exclude the layer"
+                found = f"rank {options.module.rank}"
+                raise OptionError(found, tensor=name, needed=f"at most min(N, K) = {most}", fix=fix)
 
     def pack(self, model: Any, name: str, weight: torch.Tensor) -> None:
         """Replace the module of parameter ``name`` by a packed one made from ``weight``, in the file's orientation."""

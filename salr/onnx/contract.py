@@ -17,6 +17,8 @@ OPERATOR = "SparseLinear"
 VERSION = 1
 #: the first opset with all operators of the function bodies, and the default of an export
 FIRST_OPSET, DEFAULT_OPSET = 18, 23
+#: the last one whose graphs, as torch makes them, ONNX Runtime takes
+LAST_OPSET = 25
 #: what ONNX Runtime reads; the newest is newer than what its releases accept
 IR_VERSION = 10
 

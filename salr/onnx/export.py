@@ -84,7 +84,7 @@ def export_onnx(
         out: the directory to make.
         weights: ``sparse`` for SparseLinear nodes on the packed weights, ``dense`` for plain matrix products.
         adapters: ``fused`` into the nodes, or ``overridable``: inputs with defaults, exchanged by .onnx_adapter files.
-        opset: of the graph, 18 or later.
+        opset: of the graph, 18 to 25.
         dtype: of activations, keys and values, and of dense weights: fp32 or fp16.
         library: copy the native library into the directory and name it in genai_config.json.
         verify: compare with torch; None for models of up to 300 million packed weights.

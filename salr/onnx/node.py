@@ -18,7 +18,7 @@ from ..formats.manifest import ModuleEntry
 from ..formats.module import AdapterStack, ModuleTensors
 from ..formats.values import values_dtype
 from .body import function_body
-from .contract import DEFAULT_OPSET, DOMAIN, FIRST_OPSET, INPUTS, OPERATOR, Form
+from .contract import DEFAULT_OPSET, DOMAIN, FIRST_OPSET, INPUTS, LAST_OPSET, OPERATOR, Form
 
 #: safetensors dtype -> ONNX element type
 ONNX_TYPES = {
@@ -64,7 +64,7 @@ def sparse_linear_node(
         name: of the node, and what the initializers' names begin with.
         x, y: names of input and output in the graph.
         factors: how the adapters are stored: bf16, fp16 or fp32.
-        opset: of the model that it goes into, 18 or later.
+        opset: of the model that it goes into, 18 to 25.
 
     Raises:
         OptionError: the module is a stack of experts, or ``factors`` or ``opset`` is none of these.
@@ -89,13 +89,13 @@ def sparse_linear_node(
 
 
 def check_opset(opset: int) -> None:
-    """Refuse an opset that is too old.
+    """Refuse an opset that is too old, or newer than what runs.
 
     Raises:
         OptionError: see above.
     """
-    if opset < FIRST_OPSET:
-        raise OptionError(f"opset {opset}", needed=f"{FIRST_OPSET} or later")
+    if not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise OptionError(f"opset {opset}", needed=f"{FIRST_OPSET} to {LAST_OPSET}")
 
 
 def node_attributes(entry: ModuleEntry) -> dict[str, int | str]:

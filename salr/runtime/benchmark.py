@@ -21,8 +21,11 @@ from . import backends, memory
 from .devices import usable_device
 from .errors import LoadError
 from .experts import packed_modules
+from .generation import positions_of
 from .loading import DTYPES, load
 from .quiet import quiet_transformers
+
+_MOST_SEQUENCES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class BenchOptions:
                 raise OptionError(f"{name} {count}", needed="1 or more")
         if not self.batches or min(self.batches) < 1 or list(self.batches) != sorted(set(self.batches)):
             raise OptionError(f"--batch {self.batches}", needed="positive numbers, ascending")
+        if max(self.batches) > _MOST_SEQUENCES:
+            raise OptionError(f"--batch {max(self.batches)}", needed=f"at most {_MOST_SEQUENCES}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,11 @@ def bench(
 
 
 def measure(model: Any, batch: int, options: BenchOptions) -> Speed:
-    """Return a model's speed at one batch size, the median of the repeats."""
+    """Return a model's speed at one batch size, the median of the repeats.
+
+    Raises:
+        OptionError: the device has too little memory for it.
+    """
     runs = [_run(model, batch, options) for _ in range(options.repeats)]
     prefill = statistics.median(run[0] for run in runs)
     step = statistics.median(seconds for run in runs for seconds in run[1])
@@ -119,6 +128,16 @@ def measure(model: Any, batch: int, options: BenchOptions) -> Speed:
 
 def _run(model: Any, batch: int, options: BenchOptions) -> tuple[float, list[float]]:
     """Return seconds for the prompt, and for each decoding step."""
+    try:
+        return _decode(model, batch, options)
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
+        found = f"{batch} sequences do not fit in the memory of {model.device}"
+        raise OptionError(found, fix="give a smaller --batch, --prompt-tokens or --new-tokens") from error
+
+
+def _decode(model: Any, batch: int, options: BenchOptions) -> tuple[float, list[float]]:
     generator = torch.Generator().manual_seed(batch)
     n_words = model.config.get_text_config().vocab_size
     ids = torch.randint(n_words, (batch, options.prompt_tokens), generator=generator).to(model.device)
@@ -169,9 +188,9 @@ def backend_of(model: torch.nn.Module) -> str:
 def _check_length(model: Any, name: str, options: BenchOptions) -> None:
     if not model.can_generate():
         raise OptionError(f"{type(model).__name__} writes no text", path=name, needed="a language model")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions_of(model.config)
     needed = options.prompt_tokens + options.new_tokens
-    if most is not None and needed > most:
+    if needed > most:
         raise OptionError(f"{needed} tokens a sequence", path=name, needed=f"at most {most}", fix="--prompt-tokens N")
 
 

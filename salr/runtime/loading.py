@@ -66,6 +66,7 @@ def load(
     if backend is not None:
         backends.usable(backend)
     file = SalrFile(path)
+    file.require_whole("loading")
     with IntegrityCheck(file) as check, asset_folder(file, _MODEL_FILES) as folder, quiet_transformers():
         config = read_config(file, folder)
         model_class = _model_class(file, config)

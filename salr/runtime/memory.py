@@ -37,6 +37,12 @@ def _linux_bytes(path: str, key: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Tell whether torch raised ``error`` because a device has no memory left."""
+    # On a CPU torch has no type of its own for it.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def check_fits(needed: int, device: torch.device, path: object) -> None:
     """Refuse a model that needs more than a device has free.
 

@@ -20,6 +20,7 @@ from ..formats.errors import OptionError, OutputError
 from ..formats.partial_output import PartialOutput
 from ..formats.reader import SalrFile
 from ..runtime import loading
+from ..runtime.generation import positions_of
 from .data import TrainingData, read_training_data
 from .loss_curve import draw_loss_curve
 from .options import FinetuneOptions
@@ -151,8 +152,8 @@ def _prepared(path: Path, options: FinetuneOptions) -> Any:
 
 def _check_positions(config: Any, data: TrainingData) -> None:
     longest = max(len(example.input_ids) for example in data.examples)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and longest > most:
+    most = positions_of(config)
+    if longest > most:
         found = f"an example of {longest} tokens"
         raise OptionError(found, needed=f"the model's {most} positions at most", fix=f"give --max-length {most}")
 

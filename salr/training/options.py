@@ -13,6 +13,7 @@ from ..formats.errors import OptionError
 
 #: numpy, which transformers seeds too, takes no larger one
 _LARGEST_SEED = 2**32 - 1
+_LARGEST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class FinetuneOptions:
         counts = "rank", "batch", "accumulate", "max_steps", "save_every"
         for name, least in (*((count, 1) for count in counts), ("max_length", 2)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(f"{name.replace('_', '-')} {value}", needed=f"{least} or more")
+            if value is not None and not least <= value <= _LARGEST_COUNT:
+                needed = f"{least} or more" if value < least else f"at most {_LARGEST_COUNT}"
+                raise OptionError(f"{name.replace('_', '-')} {value}", needed=needed)
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise OptionError(f"seed {self.seed}", needed=f"0 to {_LARGEST_SEED}")
         for name in ("lr", "residual_lr", "epochs"):

@@ -45,6 +45,18 @@ def inner_model(model: Any) -> Any:
             return model
 
 
+def adapted_layers(model: Any) -> list[tuple[str, Any]]:
+    """Return the layers of a transformers model that PEFT gave adapters, packed or dense, by name.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if not found:
+        raise AdapterError("the model has no adapter of peft", fix="use salr.prepare_for_training or get_peft_model")
+    return found
+
+
 def packed_linears(model: Any) -> dict[str, SalrLinear]:
     """Return the packed layers that take adapters, by name: linear layers that are no experts."""
     experts = [f"{name}." for name, module in model.named_modules() if isinstance(module, SalrExperts)]

@@ -15,7 +15,7 @@ import torch
 from ..formats.errors import OptionError
 from ..formats.manifest import RESIDUAL
 from .activations import largest_singular_values
-from .packed_model import inner_model
+from .packed_model import adapted_layers, inner_model
 
 OPTIMIZERS = ("adamw", "sgd")
 ADAMW_SHARE = 0.1
@@ -34,6 +34,7 @@ def param_groups(
     """Return groups for a torch optimizer, each with ``params``, ``lr`` and ``name``: adapters, and the residual.
 
     Args:
+        model: with adapters of PEFT: from ``prepare_for_training`` or ``get_peft_model``, packed or dense.
         lr: of the adapters, and of whatever else is trainable.
         residual_lr: ``auto``, or the rate itself. With ``adamw`` auto is a tenth of ``lr``. With ``sgd`` it is
             1 / sigma_max(X)^2 of each layer, X (tokens, K) being the inputs that ``activations`` give the layer: the
@@ -42,6 +43,7 @@ def param_groups(
         activations: batches of model inputs (tokens masked out do not count), as many as one step of training sees.
 
     Raises:
+        AdapterError: the model has no adapters yet.
         OptionError: nothing is trainable, a rate or the optimizer makes no sense, or ``sgd`` with auto has no batches.
     """
     _check(lr, residual_lr, optimizer)
@@ -72,7 +74,9 @@ def _trainable(model: Any) -> tuple[dict[str, list[Parameter]], list[Parameter]]
     """Return the residual's trainable parameters by the layer's name, and all others."""
     residual: dict[str, list[Parameter]] = {}
     others: list[Parameter] = []
-    for name, parameter in inner_model(model).named_parameters():
+    inner = inner_model(model)
+    adapted_layers(inner)
+    for name, parameter in inner.named_parameters():
         if not parameter.requires_grad:
             continue
         layer, factor, rest = name.partition(".lora_")
@@ -81,7 +85,9 @@ def _trainable(model: Any) -> tuple[dict[str, list[Parameter]], list[Parameter]]
         else:
             others.append(parameter)
     if not residual and not others:
-        raise OptionError("no trainable parameter", fix="use salr.prepare_for_training or get_peft_model first")
+        raise OptionError(
+            "no trainable parameter", fix="load adapters with is_trainable=True, or prepare the model again"
+        )
     return residual, others
 
 

@@ -40,7 +40,8 @@ def prepare_for_training(
     ``gradient_checkpointing_enable`` of what this returns, which cares for what the reentrant kind needs.
 
     Args:
-        rank: of the new adapter; None takes adapter ``name`` of the file out of the packed base and trains it further.
+        rank: of the new adapter, at most min(N, K) of each layer; None takes adapter ``name`` of the file out of the
+            packed base and trains it further.
         alpha: scaling times rank; None for twice the rank.
         target: where the new adapter goes: every packed linear layer, or what PEFT's ``target_modules`` takes.
         train_residual: make the residual of every packed linear layer (whatever ``target`` says) a trainable adapter
@@ -50,7 +51,7 @@ def prepare_for_training(
         autocast_adapter_dtype: as in PEFT: 16-bit factors are trained in float32; False keeps the layer's dtype.
 
     Raises:
-        OptionError: a number makes no sense, or peft is not installed.
+        OptionError: a number makes no sense, the rank exceeds min(N, K) of a layer, or peft is not installed.
         AdapterError: the model is not packed or has adapters of peft already, the name is taken, or ``target`` fits no
             packed linear layer.
     """
@@ -62,6 +63,7 @@ def prepare_for_training(
         _check_residual(linears)
     _check_name(linears, name, rank is None)
     layers = linears if rank is None else _targets(model, linears, target)
+    _check_fits(rank, layers)
     task = _task(model)
     if rank is None:
         tuned = _with_taken(peft, model, name, layers, task, autocast_adapter_dtype, dropout)
@@ -156,6 +158,15 @@ def _targets(model: Any, linears: dict[str, SalrLinear], target: str | Sequence[
                 needed="packed linear layers, whose adapters the file can hold",
             )
     return {name: linears[name] for name in found}
+
+
+def _check_fits(rank: int | None, layers: Mapping[str, SalrLinear]) -> None:
+    """Refuse a rank that no update of a layer can have: what is beyond min(N, K) costs memory and adds nothing."""
+    for name, layer in layers.items():
+        most = min(layer.entry.shape)
+        if rank is not None and rank > most:
+            fix = "lower the rank, or leave the layer out of target"
+            raise OptionError(f"rank {rank}", tensor=name, needed=f"at most min(N, K) = {most}", fix=fix)
 
 
 def _task(model: Any) -> str | None:

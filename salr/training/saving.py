@@ -16,14 +16,14 @@ from ..converter.adapters.summary import AdapterSummary
 from ..converter.adapters.trained import TrainedAdapter, TrainedFactors, write_trained
 from ..formats import naming
 from ..formats.dtypes import to_float32
-from ..formats.errors import AdapterError
-from ..formats.manifest import RESIDUAL
+from ..formats.errors import AdapterError, OptionError
+from ..formats.manifest import RESIDUAL, why_not_json
 from ..formats.reader import SalrFile
 from ..formats.rewriting import Destination
 from ..formats.version import VERSION
 from ..runtime.experts import packed_modules
 from ..runtime.linear import SalrLinear
-from .packed_model import file_of, inner_model, packed_linears, skeleton_of
+from .packed_model import adapted_layers, file_of, inner_model, packed_linears, skeleton_of
 
 _CONVERT = "train LoRA on packed linear layers alone, or train the dense model and convert it"
 
@@ -53,13 +53,14 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     Raises:
         AdapterError: the model is no packed model or its file has changed; an adapter is no plain LoRA on packed linear
             layers, has a taken name or holds NaN; or something else than adapters is trainable.
+        OptionError: ``settings`` hold what JSON cannot.
         SalrError: the output exists or cannot be written, or the old file is damaged.
     """
+    _check_settings(settings)
     inner = inner_model(model)
     names = {home: module for module, home in skeleton_of(inner).homes.items()}
     file = file_of(inner)
-    if not _lora_layers(inner):
-        raise AdapterError("the model has no adapter of peft", fix="use salr.prepare_for_training or get_peft_model")
+    adapted_layers(inner)
     _check_whole(model, inner)
     found = _factors(inner, names)
     adapters = [
@@ -72,8 +73,20 @@ def save(model: Any, path: str | Path, *, force: bool = False, settings: Mapping
     return SaveReport(Path(path), Path(path).stat().st_size, tuple(written))
 
 
-def _lora_layers(inner: Any) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in inner.named_modules() if hasattr(module, "base_layer")]
+def _check_settings(settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings that the manifest could not record."""
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise OptionError(f"settings of type {type(settings).__name__}", needed="a dict, names to JSON values")
+    for name, value in settings.items():
+        reason = why_not_json({name: value}) if isinstance(name, str) else "its name is no text"
+        if reason is not None:
+            raise OptionError(
+                f"setting {name!r} cannot be recorded ({reason})",
+                needed="what JSON holds: text, finite numbers, true, false, null, and lists or objects of them",
+                fix="convert it first, a path with str() for example",
+            )
 
 
 def _configs(model: Any) -> Mapping[str, Any]:
@@ -108,7 +121,7 @@ def _check_whole(model: Any, inner: Any) -> None:
 def _factors(inner: Any, names: Mapping[str, str]) -> dict[str, dict[str, TrainedFactors]]:
     """Return adapter -> the file's name of a module -> factors."""
     found: dict[str, dict[str, TrainedFactors]] = {}
-    for path, layer in _lora_layers(inner):
+    for path, layer in adapted_layers(inner):
         if not isinstance(layer.base_layer, SalrLinear):
             raise AdapterError(
                 "its adapter is on a layer that is not packed", tensor=path, needed="packed linear layers", fix=_CONVERT

@@ -86,11 +86,12 @@ def test_output_writes_another_file(salr, fails, mine):
     ("arguments", "words"),
     [
         (("remove", "z"), "there is no adapter 'z', needed one of: a, b, residual"),
-        (("scale", "a"), "no factor, needed one of both"),
+        (("scale", "a"), "no factor and no scaling, needed one of both: FACTOR, or --scaling S"),
         (("scale", "a", "2", "--scaling", "2"), "a factor and a scaling, needed one of both"),
         (("merge", "a", "--into", "m"), "needed two or more, each once"),
         (("merge", "a", "residual", "--into", "m"), "needed 'residual' on both sides, or on none"),
         (("merge", "a", "b", "--into", "residual"), "adapter name 'residual'"),
+        (("add", __file__), "test_adapters.py: is a file, needed the directory of a PEFT adapter"),
         (("add", "nowhere"), "nowhere/adapter_config.json: cannot be read"),
     ],
 )

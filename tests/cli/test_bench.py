@@ -57,10 +57,17 @@ def test_there_is_no_crossover_where_packed_always_wins():
     assert benchmark._crossover([None, None], results, BenchOptions((1, 8))) is None
 
 
+def test_a_batch_beyond_the_memory_is_one_line(fails, speaker, monkeypatch):
+    monkeypatch.setattr(benchmark, "_MOST_SEQUENCES", 10**13)  # more bytes than an address space has
+    line = fails("bench", speaker, "--batch", 10**13, *QUICK)
+    assert f"{10**13} sequences do not fit in the memory of cpu; give a smaller --batch" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--batch", 0), "--batch (0,), needed positive numbers"),
+        (("--batch", 10**30), f"--batch {10**30}, needed at most"),
         (("--new-tokens", 0), "--new-tokens 0, needed 1 or more"),
         (("--prompt-tokens", 63, "--new-tokens", 9), "72 tokens a sequence, needed at most 64"),
         (("--against", "/nowhere", *QUICK), "no model directory, needed the dense model"),

@@ -145,6 +145,23 @@ def test_a_forced_conversion_that_fails_leaves_the_old_file(fails, source, out):
     assert out.read_bytes() == b"precious" and left(out) == ["out.salr"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "LICENSE", "link"])
+def test_an_output_that_is_a_file_of_the_source_is_refused_even_with_force(fails, source, name):
+    (source / "link").symlink_to("model.safetensors")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    line = fails("convert", *MAGNITUDE, source, source / name, "--force", "--quiet")
+    assert line.endswith(f"{name}: the output is one of the inputs; choose another name")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_trained_adapter_is_not_replaced_by_what_is_made_from_it(fails, llama32, lora, tmp_path):
+    mine = shutil.copytree(lora, tmp_path / "lora")
+    out = mine / "adapter_model.safetensors"
+    before = out.read_bytes()
+    assert "one of the inputs" in fails("convert", *MAGNITUDE, llama32, out, "--adapter", mine, "--force", "--quiet")
+    assert out.read_bytes() == before
+
+
 def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, source, out):
     partial = Path(f"{out}.partial")
     partial.mkdir()
@@ -171,6 +188,13 @@ def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, 
         (["--exclude", "re:("], "pattern 're:(' is no regular expression"),
         (["--set", "nothing.* rank=1"], "pattern 'nothing.*' matches no module"),
         (["--set", "* colour=1"], "unknown setting 'colour'"), (["--set", "*"], "needed 'PATTERN key=value,key=value'"),
+        (["--values", "int8", "--group-size", str(2**63)], "needed an integer, 1 or more, up to 2147483647"),
+        (["--calibration", "synthetic", "--seed", str(2**63)], "--calibration: seed 9223372036854775808, needed"),
+        (["--set", "* rank=1.5"], "--set '* rank=1.5': 'rank=1.5', needed rank= and an integer"),
+        (["--set", "* sparsity"], "'sparsity', needed sparsity= and a number"),
+        (["--set", "* colour=red"], "unknown setting 'colour'"),
+        (["--calibration-length", "64"], "length of calibration without a text, needed --calibration FILE, or"),
+        (["--calibration", "none", "--seed", "1"], "seed of calibration without a text"),
         (["--recipe", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
         (["--workers", "0"], "0 workers, needed 1 or more"),
         (["--device", "gpu"], "device 'gpu', needed cpu or cuda[:i,...]"), (["--base", "/nowhere"], "--base"),
@@ -181,6 +205,11 @@ def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, 
 )  # fmt: skip
 def test_a_senseless_option_is_one_line_and_leaves_nothing(fails, source, out, options, words):
     assert words in fails("convert", *MAGNITUDE, source, out, "--quiet", *options)
+    assert left(out) == []
+
+
+def test_a_device_that_is_not_here_is_told_before_the_story_begins(fails, source, out):
+    assert "device 'mps', needed cpu or cuda" in fails("convert", source, out, "--device", "mps")
     assert left(out) == []
 
 

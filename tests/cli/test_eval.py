@@ -55,6 +55,29 @@ def test_json_and_save_hold_protocol_and_results(salr, reader, words, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == found and saved.results[0].model == str(reader)
 
 
+def test_a_place_for_the_results_that_cannot_be_used_is_refused_before_anything_is_measured(fails, reader, words):
+    notes, config = words.with_name("notes.json"), reader / "config.json"
+    notes.write_text('{"mine": 1}')
+    old = {path: path.read_bytes() for path in (notes, config)}
+    for path in (notes, config):
+        line = fails("eval", reader, "--text", words, "--window", 32, "--save", path)
+        assert f"{path}: the output exists and holds no results of `salr eval`; choose another name" in line
+    line = fails("eval", reader / "nowhere", "--text", words, "--save", "/proc/r.json")
+    assert "/proc: cannot write here" in line
+    assert {path: path.read_bytes() for path in old} == old and not list(words.parent.rglob("*.partial"))
+
+
+def test_older_results_are_replaced_when_the_new_ones_are_there(salr, fails, reader, words, tmp_path):
+    saved = tmp_path / "r.json"
+    arguments = ["eval", reader, "--text", words, "--save", saved, "--window"]
+    assert salr(*arguments, 32).exit_code == 0
+    before = saved.read_bytes()
+    fails(*arguments, 1000)
+    assert saved.read_bytes() == before
+    assert salr(*arguments, 16).exit_code == 0 and read_results(saved).protocol["window"] == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "reader", "words.txt"]
+
+
 def test_quiet_prints_nothing(salr, reader, words):
     result = salr("eval", reader, "--text", words, "--window", 32, "--quiet")
     assert result.exit_code == 0 and result.output == ""

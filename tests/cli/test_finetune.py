@@ -116,9 +116,11 @@ def test_mistakes_are_one_line_and_leave_nothing(fails, speaker, data, whole, tm
     out = tmp_path / "o.salr"
     for arguments, words in [
         ((speaker, "--data", tmp_path / "no.jsonl", "-o", out), "no.jsonl: cannot be read"),
+        ((speaker, "--data", data, "-o", out, "--rank", 65), "rank 65, needed at most min(N, K) ="),
         ((speaker, "--data", data, "-o", tmp_path / "o.bin"), "needed a file name ending in .salr"),
         ((speaker, "--data", data, "-o", whole[1]), "the output exists already"),
         ((speaker, "--data", data, "-o", out, "--batch", 0), "batch 0, needed 1 or more"),
+        ((speaker, "--data", data, "-o", out, "--batch", 10**30), "needed at most 2147483647"),
         ((speaker, "--data", data, "-o", out, "--rank", 0), "rank 0, needed 1 or more"),
         ((speaker, "--data", data, "-o", out, "--lr", 0), "lr 0.0, needed a finite number above 0"),
         ((speaker, "--data", data, "-o", out, "--seed", 2**32), "seed 4294967296, needed 0 to 4294967295"),

@@ -69,10 +69,28 @@ def test_without_a_prompt_each_line_is_answered_with_what_was_said_before(speake
     assert second.split() == expected(speaker, f"w5 w6 w109 {first.strip()} w104 w7").split()
 
 
+def test_a_text_ends_where_the_models_positions_do_and_says_so(salr, speaker):
+    for asked in (13, 12):
+        result = salr("generate", speaker, "w5 " * 50, "--max-tokens", asked, "--temperature", 0)
+        assert result.exit_code == 0, result.stderr
+        assert "52 tokens read" in result.stderr and "; 12 written" in result.stderr
+        assert ("up to the last of its positions" in result.stderr) == (asked == 13)
+
+
+def test_a_prompt_without_tokens_or_without_room_for_an_answer_is_one_line(fails, speaker):
+    assert "a prompt without a token; give some text" in fails("generate", speaker, "", "--raw")
+    assert "a prompt that is no UTF-8 text" in fails("generate", speaker, "w5 \udcff")
+    line = fails("generate", speaker, "w5 " * 64, "--raw")
+    assert "a prompt of 64 tokens, needed fewer than the model's 64 positions; shorten it" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--adapter", "none=2"), "adapter 'none', needed one of none: the model has none"),
         (("--max-tokens", 0), "--max-tokens 0, needed 1 or more"),
+        (("--temperature", 1e-300), "--temperature 1e-300, needed 1e-06 or more; give 0 for the likeliest token"),
+        (("--seed", 2**63), f"--seed {2**63}, needed at most {2**63 - 1}"),
         (("--temperature", -1), "--temperature -1.0, needed a number, 0 or more"),
         (("--temperature", "nan"), "--temperature nan, needed a number, 0 or more"),
         (("--temperature", "inf"), "--temperature inf, needed a number, 0 or more"),

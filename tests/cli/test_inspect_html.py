@@ -54,9 +54,22 @@ def test_the_page_needs_a_name_that_destroys_nothing(fails, packed, tmp_path, na
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_page_that_cannot_be_written_is_one_line(fails, packed):
+    assert "/proc: cannot write here" in fails("inspect", packed, "--html", "/proc/page.html")
+
+
+def test_what_the_system_refuses_is_one_line(fails, packed, tmp_path):
+    long = "x" * 300
+    assert f"{long[:200]}: File name too long; check the path" in fails("inspect", long)
+    assert "File name too long" in fails("unpack", packed, tmp_path / long)
+    assert "File name too long" in fails("adapters", "list", long)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_combinations_without_a_meaning_are_refused(fails, packed, golden, tmp_path):
     assert "2 files, needed one file" in fails("inspect", packed, golden, "--html", tmp_path / "p.html")
     assert "2 files, needed one file" in fails("inspect", packed, golden, "--modules")
+    assert "--html and --json, needed one of them" in fails("inspect", packed, "--html", tmp_path / "p.html", "--json")
     assert "--eval without --html" in fails("inspect", packed, "--eval", tmp_path / "r.json")
 
 

@@ -26,7 +26,7 @@ def test_shards_are_made_inspected_verified_and_joined(salr, source, packed, tmp
 
 
 def test_shards_larger_than_was_asked_for_are_told_with_what_to_do(salr, source, tmp_path):
-    result = salr("convert", *MAGNITUDE, source, tmp_path / "shards", "--max-shard-size", "10")
+    result = salr("convert", *MAGNITUDE, source, tmp_path / "shards", "--max-shard-size", "10B")
     (line,) = [line for line in result.stdout.splitlines() if "--max-shard-size" in line]
     found = re.search(
         r"! (\d+) of (\d+) shards hold more than the 10 bytes of .*the largest takes ([\d,]+) bytes", line
@@ -34,7 +34,7 @@ def test_shards_larger_than_was_asked_for_are_told_with_what_to_do(salr, source,
     made = [sum(t.n_bytes for n, t in SalrFile(p).tensors.items() if n != MANIFEST_NAME) for p in shard_files(tmp_path)]
     assert [int(text.replace(",", "")) for text in found.groups()] == [len(made), len(made), max(made)]
     assert line.endswith("Give at least that, or join them with `salr join`.")
-    result = salr("convert", *MAGNITUDE, source, tmp_path / "fitting", "--max-shard-size", max(made))
+    result = salr("convert", *MAGNITUDE, source, tmp_path / "fitting", "--max-shard-size", f"{max(made)}B")
     assert result.exit_code == 0 and "--max-shard-size" not in result.stdout
 
 
@@ -78,7 +78,8 @@ def test_the_plan_says_what_memory_and_disk_it_takes(salr, source, tmp_path):
     ("options", "words"),
     [
         (["--max-shard-size", "5 apples"], "size '5 apples', needed a number with KB, MB, GB or TB"),
-        (["--max-shard-size", "0"], "--max-shard-size 0, needed a positive size"),
+        (["--max-shard-size", "10"], "size '10', needed a number with KB, MB, GB or TB, as 5GB"),
+        (["--max-shard-size", "0GB"], "--max-shard-size 0, needed a positive size"),
         (["--part", "3"], "--part '3', needed I/N"),
         (["--part", "3/2"], "--part 3/2, needed i/n with 1 <= i <= n"),
         (["--part", "1/2", "--max-shard-size", "1GB"], "--part with --max-shard-size"),

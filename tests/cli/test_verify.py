@@ -71,6 +71,8 @@ def test_a_truncated_file_exits_with_3(fails, packed, tmp_path):
 
 def test_a_missing_file_or_source_exits_with_1(fails, packed, tmp_path):
     assert "no such file" in fails("verify", tmp_path / "nowhere.salr")
+    assert "--adapter without --against, needed" in fails("verify", packed, "--adapter", tmp_path)
+    assert "--base without --against, needed" in fails("verify", packed, "--base", tmp_path)
     assert "no such directory" in fails("verify", packed, "--against", tmp_path / "nowhere", "--quiet")
 
 

@@ -150,3 +150,12 @@ def test_asking_for_a_tensor_that_is_not_there_names_it(tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "f")
     with pytest.raises(FormatError, match="tensor 'b': there is no such tensor"):
         Container(tmp_path / "f").raw("b")
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_missing(golden, monkeypatch):
+    def denied(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(golden), "open", denied)  # permissions mean nothing to a superuser
+    with pytest.raises(FormatError, match=r"golden_v1.salr: cannot be read \(Permission denied\); check the file"):
+        Container(golden)

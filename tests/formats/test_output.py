@@ -112,6 +112,24 @@ def test_a_folder_that_nobody_may_write_to_is_refused():
         OutputFile("/proc/f.salr", 1)
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_the_directory_itself_is_no_name_for_an_output(tmp_path, monkeypatch, path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="this is a directory, needed a file name"):
+        OutputFile(path, 1)
+    with pytest.raises(OutputError, match="the output exists already"), output_directory(path):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_a_file_where_the_partial_folder_would_be_is_named(tmp_path):
+    (tmp_path / "f.partial").write_text("mine")
+    with pytest.raises(OutputError, match=r"f\.partial: this is a file, needed no such name; remove it"):
+        OutputFile(tmp_path / "f", 1)
+    assert (tmp_path / "f.partial").read_text() == "mine"
+
+
 def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 5 * 10**6))
     with pytest.raises(OutputError, match="5 MB of disk space free, needed 7 MB; free some"):
@@ -155,7 +173,8 @@ def test_a_directory_vanishes_when_its_block_fails(tmp_path):
     [
         ("there", "there: the output exists already"),
         ("busy", "busy.partial: another run"),
-        ("none/d", "cannot be made"),
+        ("none/d", "none: no such directory; make it first"),
+        ("/proc/d", "/proc/d.partial: cannot be made"),
     ],
 )
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path, name, words):

@@ -164,6 +164,41 @@ def test_what_needs_one_file_says_so(shards, tmp_path):
             use()
 
 
+def test_one_shard_alone_is_neither_edited_nor_taken_for_the_model(copy, tmp_path):
+    from salr.converter.export.hf import export_hf
+
+    second = files(copy)[1]
+    before, n_shards = second.read_bytes(), len(files(copy))
+    for use in (
+        lambda: salr.remove_adapter(second, "residual"),
+        lambda: salr.scale_adapter(second, "residual", factor=0.5),
+        lambda: export_hf(second, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            FormatError, match=r"00002.*\.salr: .* needs one file; make it with `salr join .* OUT.salr`"
+        ):
+            use()
+    for use in (
+        lambda: salr.unpack(second, tmp_path / "out"),
+        lambda: salr.export_peft(second, tmp_path / "out"),
+        lambda: salr.load(second),
+    ):
+        with pytest.raises(
+            FormatError, match=rf"is shard 2 of {n_shards}, needed the whole model for .*; give the direc"
+        ):
+            use()
+    assert second.read_bytes() == before and not list(tmp_path.glob("out*"))
+    assert SalrFile(copy).is_sharded
+
+
+def test_joining_into_one_of_the_shards_is_refused(copy):
+    first = files(copy)[0]
+    before = first.read_bytes()
+    with pytest.raises(OutputError, match=r"00001.*: the output is one of the inputs; choose another name"):
+        join([copy], first, force=True)
+    assert first.read_bytes() == before and SalrFile(copy).modules
+
+
 def test_an_existing_directory_is_never_replaced(shards, llama):
     with pytest.raises(OutputError, match="the output exists already; remove it"):
         salr.convert(llama, shards, options(max_shard_size=40_000, force=True))

@@ -256,7 +256,7 @@ def test_a_mixture_of_experts_is_refused_and_leaves_nothing(moe, tmp_path):
     ("options", "message"),
     [
         ({"weights": "packed"}, "weights 'packed'"), ({"adapters": "none"}, "adapters 'none'"),
-        ({"opset": 17}, "opset 17"), ({"dtype": "bf16"}, "dtype 'bf16'"),
+        ({"opset": 17}, "opset 17"), ({"opset": 26}, "opset 26, needed 18 to 25"), ({"dtype": "bf16"}, "dtype 'bf16'"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(options, message, packed, tmp_path):

@@ -134,14 +134,37 @@ def test_rates_that_make_no_sense_are_refused(packed, arguments, words):
 def test_a_model_without_anything_trainable_is_refused(packed):
     tuned = prepared(packed)
     tuned.requires_grad_(False)
-    with pytest.raises(OptionError, match=r"no trainable parameter; use salr.prepare_for_training"):
+    with pytest.raises(OptionError, match=r"no trainable parameter; load adapters with is_trainable=True, or prepare"):
         salr.param_groups(tuned, 1e-3)
+
+
+def test_a_model_that_was_never_prepared_is_refused_packed_or_dense(packed, llama):
+    words = r"the model has no adapter of peft; use salr.prepare_for_training or get_peft_model"
+    for model in (salr.load(packed), AutoModelForCausalLM.from_pretrained(llama)):
+        assert any(parameter.requires_grad for parameter in model.parameters())
+        with pytest.raises(AdapterError, match=words):
+            salr.param_groups(model, 1e-3)
+
+
+def test_adapters_of_peft_are_grouped_whatever_they_are_on_and_so_is_what_else_trains(packed, llama):
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    wrapped = get_peft_model(dense, LoraConfig(r=2, target_modules=["q_proj"]))
+    integrated = salr.load(packed)
+    integrated.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    thawed = get_peft_model(salr.load(packed), LoraConfig(r=2, target_modules=["q_proj"]))
+    thawed.get_base_model().model.norm.weight.requires_grad_(True)
+    compiled = torch.compile(wrapped)
+    found = [salr.param_groups(model, 1e-3) for model in (wrapped, integrated, thawed, compiled)]
+    assert [[(g["name"], len(g["params"])) for g in groups] for groups in found] == [
+        [("adapters", n)] for n in (4, 4, 5, 4)
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"rank": 0}, "rank 0, needed 1 or more"),
+        ({"rank": 33}, r"k_proj': rank 33, needed at most min\(N, K\) = 32; lower the rank, or leave the layer out"),
         ({"alpha": float("nan")}, "alpha nan, needed a finite number"),
         ({"dropout": 1.0}, "dropout 1.0, needed"),
         ({"name": "residual"}, "adapter name 'residual', needed letters"),
@@ -164,6 +187,12 @@ def test_what_makes_no_sense_is_refused_before_the_model_changes(packed, options
     salr.prepare_for_training(model)
     with pytest.raises(AdapterError, match="has adapters of peft already; load it again"):
         salr.prepare_for_training(model)
+
+
+def test_a_rank_need_fit_the_layers_it_goes_on_only(packed):
+    with torch.no_grad():
+        tuned = prepared(packed, rank=64, target=["q_proj"])
+    assert tuned.get_base_model().get_submodule(Q).lora_A["default"].weight.shape == (64, 64)
 
 
 def test_a_file_without_residual_says_so(llama, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from salr.formats.errors import AdapterError, OutputError
+from salr.formats.errors import AdapterError, OptionError, OutputError
 
 import salr
 
@@ -44,6 +45,12 @@ def assert_same_base(before, after):
     for name in base_of(before):
         assert bytes(before.raw(name)) == bytes(after.raw(name)), name
     assert not [problem for _, problem in after.check_all() if problem is not None]
+
+
+@pytest.fixture(scope="module")
+def to_save(packed):
+    """Return a prepared model, to be saved and not changed."""
+    return prepared(packed)
 
 
 @pytest.fixture
@@ -185,6 +192,14 @@ def test_removing_a_trained_adapter_leaves_no_trace(packed, train, tmp_path):
     assert (tmp_path / "m.salr").read_bytes() == packed.read_bytes()
 
 
+def test_what_was_merged_into_an_adapter_keeps_its_settings_by_name(trained, tmp_path):
+    path = trained[1]
+    before = salr.open(path).manifest.source["trained"]
+    assert set(before) == {"default", "residual"}
+    salr.merge_adapters(path, ["residual", "default"], "residual", rank=8)
+    assert salr.open(path).manifest.source["trained"] == {"residual": {"merged_from": before}}
+
+
 def test_peft_directories_of_a_tuned_file_compute_the_same(trained, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -207,6 +222,32 @@ def test_an_output_that_exists_is_replaced_only_by_force(packed, trained):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir() if "tuned" in p.name] == [
         "tuned.salr"
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data": Path("train.jsonl")}, r"setting 'data' cannot be recorded \(Object of type PosixPath is not JSON"),
+        ({"seed": 1, "loss": float("nan")}, r"setting 'loss' cannot be recorded \(.*needed what JSON holds: text, fin"),
+        ({"deep": {"list": [{1, 2}]}}, r"setting 'deep' .* type set is not JSON serializable.*; convert it first"),
+        ({"twice": {1: "a", "1": "b"}}, "setting 'twice' cannot be recorded"),
+        ({"text": "\udc80"}, "setting 'text' cannot be recorded"),
+        ({1: "a"}, r"setting 1 cannot be recorded \(its name is no text\)"),
+        ([("a", 1)], "settings of type list, needed a dict"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value),
+)
+def test_settings_that_json_cannot_hold_are_refused_and_leave_nothing(to_save, tmp_path, settings, words):
+    with pytest.raises(OptionError, match=words):
+        salr.save(to_save, tmp_path / "o.salr", settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_every_json_type_are_recorded(to_save, tmp_path):
+    settings = {"text": "ä", "on": True, "none": None, "rate": 1e-3, "steps": [1, 2], "data": {"lines": 8}}
+    salr.save(to_save, tmp_path / "o.salr", settings=settings)
+    recorded = salr.open(tmp_path / "o.salr").manifest.source["trained"]["default"]
+    assert recorded == recorded | settings
 
 
 def refusal(call, path, words):

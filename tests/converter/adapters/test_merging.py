@@ -188,6 +188,19 @@ def test_the_name_of_a_merged_adapter_stays_taken(mine, loras):
         add_adapter(mine, loras["b"], "b")
 
 
+def test_the_settings_of_all_that_were_trained_stay_with_what_they_were_merged_into(mine, open_draft):
+    draft, a, c = open_draft(mine), {"r": 4, "lr": 1e-3}, {"r": 8, "data": "0f"}
+    draft.manifest["source"]["trained"] = {"a": a, "c": c}
+    draft.write(mine)
+    merge_adapters(mine, ["a", "b"], "a")
+    merged = {"merged_from": {"a": a}}
+    assert sound(mine).manifest.source["trained"] == {"a": merged, "c": c}
+    merge_adapters(mine, ["c", "a"], "m")
+    assert sound(mine).manifest.source["trained"] == {"m": {"merged_from": {"a": merged, "c": c}}}
+    remove_adapter(mine, "m")
+    assert "trained" not in sound(mine).manifest.source
+
+
 def test_untouched_tensors_keep_bytes_and_digests(mine, three):
     merge_adapters(mine, ["a", "b"], "m", rank=2)
     old, new = SalrFile(three), sound(mine)

@@ -57,7 +57,7 @@ def test_a_rescaled_residual_has_the_error_that_is_measured_against_the_source(f
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "no factor, needed one of both"),
+        ({}, "no factor and no scaling, needed one of both"),
         ({"factor": 1, "scaling": 1}, "a factor and a scaling, needed one of both"),
         ({"factor": math.inf}, "needed a finite float32"),
         ({"scaling": math.nan}, "needed a finite float32"),
