@@ -1,7 +1,7 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
 Few rows: weight, adapters and bias in one launch (fused.py). More, on compute capability 9.0: weights decoded into
-registers for asynchronous products (wide.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
+registers for asynchronous products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import functools
 import torch
 
 from .beside import Factors
+from .decoded import CAPABILITY, DecodedProduct, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
-from .wide import CAPABILITY, WideProduct, estimated_us
 
 #: microseconds of an expanded product beside the products, of a weight's expansion, bytes and operations a microsecond
 _EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
@@ -39,24 +39,24 @@ class ProductByRows:
         self, weight: SlabWeight, order: Fragments | None, factors: Factors | None, bias: torch.Tensor | None
     ) -> None:
         self.weight, self._order = weight, order
-        self._wide_bias = None if bias is None else bias.float().contiguous()
+        self._float_bias = None if bias is None else bias.float().contiguous()
         self._has_kernels = order is not None or factors is None
-        self._fused = FusedProduct(weight, order, self._wide_bias) if self._has_kernels else None
+        self._fused = FusedProduct(weight, order, self._float_bias) if self._has_kernels else None
         self.expanded = many_rows(weight, factors, bias)
         on_hopper = torch.cuda.get_device_capability(weight.slabs.device) == CAPABILITY
-        self._largest_wide = 0
+        self._most_decoded = 0
         if self._has_kernels and on_hopper:
-            self._largest_wide = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
+            self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
         x = self.weight.padded(x)
         weight, batch = self.weight, x.shape[0]
-        is_quantized, has_wide = not weight.encoding.endswith("16"), batch <= self._largest_wide
-        kernel = kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, has_wide, is_quantized)
+        is_quantized, may_decode = not weight.encoding.endswith("16"), batch <= self._most_decoded
+        kernel = kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, may_decode, is_quantized)
         if self._fused is None or kernel == "expanded":
             return self.expanded(x)
-        return self._wide(x) if kernel == "wide" else self._fused(x, x.new_empty(batch, weight.n_rows))
+        return self._decoded(x) if kernel == "decoded" else self._fused(x, x.new_empty(batch, weight.n_rows))
 
     @functools.cached_property
     def _n_sms(self) -> int:
@@ -64,15 +64,15 @@ class ProductByRows:
         return count
 
     @functools.cached_property
-    def _wide(self) -> WideProduct:
-        return WideProduct(self.weight, self._order, self._wide_bias)
+    def _decoded(self) -> DecodedProduct:
+        return DecodedProduct(self.weight, self._order, self._float_bias)
 
 
 @functools.cache
 def kernel_for(
-    batch: int, n_row_blocks: int, n_slabs: int, n_sms: int, has_wide: bool, is_quantized: bool = False
+    batch: int, n_row_blocks: int, n_slabs: int, n_sms: int, may_decode: bool, is_quantized: bool = False
 ) -> str:
-    """Return fused, wide or expanded: what is estimated fastest for ``batch`` rows of x; up to 32 always fused."""
+    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x; up to 32 always fused."""
     if batch <= _ALWAYS_FUSED:
         return "fused"
     n_weights = n_row_blocks * n_slabs * BLOCK_ROWS * SLAB_COLUMNS
@@ -82,6 +82,6 @@ def kernel_for(
         "fused": -(-batch // LARGEST_BATCH) * fused_us,
         "expanded": dense_us + n_weights * _EXPANSION_US + _EXPANDED_US,
     }
-    if has_wide:
-        times["wide"] = estimated_us(batch, n_row_blocks, n_slabs, n_sms // 2)
+    if may_decode:
+        times["decoded"] = estimated_us(batch, n_row_blocks, n_slabs, n_sms // 2)
     return min(times, key=lambda name: times[name])

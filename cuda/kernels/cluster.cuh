@@ -25,4 +25,3 @@ DEVICE float4 load_of(const float4* own, u32 rank) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(shared_address(own)), "r"(rank) : "memory");
   return v;
 }
-DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }

@@ -26,6 +26,7 @@ constexpr bool HAS_BITMAP = ENCODING == BITMAP16;
 constexpr bool HAS_SCALES = ENCODING == DENSE8 || ENCODING == DENSE4;
 constexpr int UNITS = 16, UNIT_ROWS = 16, SLAB_COLUMNS = 64, BLOCK_ROWS = UNITS * UNIT_ROWS;
 constexpr int SLAB_HEADER_BYTES = 32;
+constexpr int STEP_BYTES = 512;  // one 16 x 16 fragment of 16-bit weights
 constexpr int BITMAP_BYTES = HAS_BITMAP ? 128 : 0, SCALES_BYTES = HAS_SCALES ? 32 : 0;
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;    // 1024 or 128, twice: or-ing in a magnitude adds it
 

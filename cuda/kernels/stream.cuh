@@ -5,6 +5,7 @@
 // Each thread block takes a contiguous run of rounds (stream-K): of a row block's rounds, those of B have the first
 // numbers, so that they belong to the thread block that begins it, and are done last.
 #pragma once
+#include "ring.cuh"
 #include "slabs.cuh"
 
 #ifndef NT
@@ -19,13 +20,11 @@
 #ifndef ASYNC
 #define ASYNC 0  // asynchronous products (sm_90a): x comes arranged, one copy a stage
 #endif
-#define MAX_STAGES 16
 
 constexpr int CHUNK = 2 * SUB;                   // 16-rank steps of B a stage
 constexpr int X_BYTES = SUB * SLAB_COLUMNS * 2;  // of one row of x in a stage
 constexpr int X_PITCH = X_BYTES + 16;            // keeps eight lanes' 16-byte loads off each other's banks
 constexpr int X_ARRANGED_BYTES = X_BYTES * 8 * NT;
-constexpr int STEP_BYTES = 512;                  // one 16 x 16 fragment of 16-bit weights
 constexpr int A_TILE_BYTES = 4 * STEP_BYTES;     // 16 rows x 64 columns
 
 struct Arguments {
@@ -47,23 +46,6 @@ struct Arguments {
   int slabs_per_block, rank_tiles, block_steps, a_splits;  // block_steps: steps of B a row block
   int weight_bytes, stage_bytes, stages;                   // of a stage: where x begins, its size; and their number
   int x_rows, y_pitch;  // rows of x that a stage has room for; elements between rows of y
-};
-
-// Stages in shared memory: `full` counts bytes that come, `empty` warps that are done.
-struct Ring {
-  u32 full, empty, memory;
-  int stage = 0;
-  u32 phase = 0;
-  DEVICE u32 full_bar() const { return full + 8 * stage; }
-  DEVICE u32 empty_bar() const { return empty + 8 * stage; }
-  DEVICE u32 here(const Arguments& p) const { return memory + stage * p.stage_bytes; }
-  DEVICE void advance(int stages) {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-  DEVICE void release(int lane, int stages) {
-    arrive_for_warp(empty_bar(), lane);
-    advance(stages);
-  }
 };
 
 struct Stream {

@@ -6,7 +6,6 @@
 constexpr u32 EMPTY = ~0u;  // in a place for a sum that is not there yet; as a float, a NaN that no product yields
 #define EMPTY_FLOAT __uint_as_float(EMPTY)
 
-DEVICE float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
 DEVICE uint4 as_bits(float4 v) {

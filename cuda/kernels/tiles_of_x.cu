@@ -1,4 +1,4 @@
-// x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which wide_linear.cu's asynchronous products read them, from one
+// x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which decoded_linear.cu's asynchronous products read them, from one
 // reading of x.
 //
 // grid: (8, one for each 32 rows), clusters of the 8 thread blocks of a row group, which share K; block: 8 warps, each with
@@ -10,7 +10,7 @@
 constexpr int PARTS = 8, WARPS = 8, N_TILES = 4;  // thread blocks and warps that share K; tiles of 8 rows of x a thread block
 constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sums are held in registers
 constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
-constexpr int TILE_BYTES = 4 * 512;  // of A: 16 ranks x 64 columns
+constexpr int TILE_BYTES = 4 * STEP_BYTES;  // of A: 16 ranks x 64 columns
 
 struct Arguments {
   const u16* x;          // [batch, 64 * n_slabs]
@@ -106,7 +106,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS
     for (int i = thread; i < SUMS; i += WARPS * 32) {
       float4 total = sums[i];
 #pragma unroll
-      for (int w = 1; w < WARPS; w++) total = add(total, sums[w * SUMS + i]);
+      for (int w = 1; w < WARPS; w++) total = total + sums[w * SUMS + i];
       sums[i] = total;
     }
     cluster_meet();
@@ -115,7 +115,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS
       const int i = cluster_rank() * SHARE + thread;
       float4 total = load_of(sums + i, 0);
 #pragma unroll
-      for (int part = 1; part < PARTS; part++) total = add(total, load_of(sums + i, part));
+      for (int part = 1; part < PARTS; part++) total = total + load_of(sums + i, part);
       if (first + i / (32 * N_TILES) < p.rank_tiles) store_u(p, first + i / (32 * N_TILES), i / 32 % N_TILES, total, i % 32);
     }
     cluster_meet();  // the sums are read, also by others

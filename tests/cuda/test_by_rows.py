@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from salr.cuda.by_rows import kernel_for
-from salr.cuda.wide import shape_for
+from salr.cuda.decoded import shape_for
 
 H100_SMS = 132
 
@@ -24,10 +24,10 @@ def test_a_chosen_cut_covers_all_rows_and_leaves_less_than_a_round_to_be_split(n
 @pytest.mark.parametrize("n_rows", [4096, 28672])
 def test_few_rows_are_fused_more_are_decoded_and_many_expanded(n_rows):
     chosen = [kernel_for(batch, n_rows // 256, 64, H100_SMS, True) for batch in (1, 64, 128, 4096)]
-    assert chosen == ["fused", "fused", "wide", "expanded"]
-    assert "wide" not in [kernel_for(batch, n_rows // 256, 64, H100_SMS, False) for batch in (1, 64, 128, 4096)]
+    assert chosen == ["fused", "fused", "decoded", "expanded"]
+    assert "decoded" not in [kernel_for(batch, n_rows // 256, 64, H100_SMS, False) for batch in (1, 64, 128, 4096)]
 
 
 def test_quantized_weights_are_decoded_from_33_rows_on():
     chosen = [kernel_for(batch, 16, 64, H100_SMS, True, True) for batch in (32, 33, 64, 256)]
-    assert chosen == ["fused", "wide", "wide", "wide"]
+    assert chosen == ["fused", "decoded", "decoded", "decoded"]

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from salr.cuda import compilation
+from salr.cuda.decoded import TILES_OF_ROWS
 from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, TILES
-from salr.cuda.wide import TILES_OF_ROWS
 
 ELF = b"\x7fELF"
 
@@ -34,12 +34,12 @@ def test_the_fused_kernel_compiles_in_every_shape_that_is_launched_on_hopper(enc
 
 
 @pytest.mark.parametrize("encoding", compilation.ENCODINGS)
-def test_the_wide_kernel_compiles_in_every_shape_that_is_launched(encoding):
+def test_the_decoding_kernel_compiles_in_every_shape_that_is_launched(encoding):
     from salr.cuda.device_layout import definitions
 
     for nt, dtype in itertools.product(TILES_OF_ROWS, (torch.bfloat16, torch.float16)):
         chosen = definitions(encoding, dtype, NT=nt)
-        assert compilation.cubin("wide_linear.cu", chosen, "sm_90a").startswith(ELF)
+        assert compilation.cubin("decoded_linear.cu", chosen, "sm_90a").startswith(ELF)
 
 
 def test_the_fused_kernel_compiles_in_every_shape_for_older_gpus():

@@ -137,31 +137,31 @@ def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
     assert product(x, out).isfinite().all()
 
 
-def wide(packed, low_rank, bias, dtype=torch.bfloat16):
+def decoded(packed, low_rank, bias, dtype=torch.bfloat16):
+    from salr.cuda.decoded import CAPABILITY, DecodedProduct
     from salr.cuda.device_layout import lay_out
     from salr.cuda.low_rank import fragments
-    from salr.cuda.wide import CAPABILITY, WideProduct
 
     if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("asynchronous products need compute capability 9.0")
     order = low_rank and fragments(low_rank, dtype)
-    return WideProduct(lay_out(packed, dtype), order, bias)
+    return DecodedProduct(lay_out(packed, dtype), order, bias)
 
 
 def cuts(product, batch):
     """Return all ways to cut a product: both tiles, whole and split."""
-    from salr.cuda.wide import TILES_OF_ROWS, Shape
+    from salr.cuda.decoded import TILES_OF_ROWS, Shape
 
     for nt in TILES_OF_ROWS:
         n_tiles = -(-batch // (8 * nt)) * product.weight.n_row_blocks
         yield from {Shape(nt, n_tiles, n_tiles), Shape(nt, n_tiles, n_tiles // product.clusters * product.clusters)}
 
 
-def check_wide(packed, rank, batch, dtype=torch.bfloat16):
+def check_decoded(packed, rank, batch, dtype=torch.bfloat16):
     low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
     bias = torch.randn(packed.n_rows, device="cuda")
     x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
-    product = wide(packed, low_rank, bias, dtype)
+    product = decoded(packed, low_rank, bias, dtype)
     expected, rows = exact(x, packed, low_rank, bias, dtype), product.weight.padded(x)
     for cut in cuts(product, batch):
         assert error(product(rows, cut), expected) < 5e-3, cut
@@ -170,30 +170,30 @@ def check_wide(packed, rank, batch, dtype=torch.bfloat16):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", [1, 65, 128, 300, 1100])
 def test_decoded_weights_of_any_size_are_multiplied_however_they_are_cut(shape, batch):
-    check_wide(weight(*shape), 24, batch)
+    check_decoded(weight(*shape), 24, batch)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoded_weights_of_every_encoding_and_sparsity_are_multiplied(sparsity, encoding, dtype):
-    check_wide(weight(1000, 712, sparsity, encoding), 16, 200, dtype)
+    check_decoded(weight(1000, 712, sparsity, encoding), 16, 200, dtype)
 
 
 @pytest.mark.parametrize("rank", [0, 7, 16, 64, 80, 256])
 def test_decoded_weights_and_any_rank_are_multiplied(rank):
-    check_wide(weight(2048, 1024), rank, 150)
+    check_decoded(weight(2048, 1024), rank, 150)
 
 
 def test_decoded_rows_with_nothing_or_everything_kept():
     kept = torch.rand(700, 1024, device="cuda") > 0.5
     kept[5], kept[6], kept[16:32], kept[300:600, :512] = False, True, False, True
-    check_wide(weight(700, 1024, kept=kept), 16, 150)
+    check_decoded(weight(700, 1024, kept=kept), 16, 150)
 
 
 @pytest.mark.parametrize("batch", [128, 300])
 def test_decoded_weights_give_the_same_bits_a_hundred_times(batch):
-    product = wide(weight(4096, 4096), adapters(4096, 4096, 64), None)
+    product = decoded(weight(4096, 4096), adapters(4096, 4096, 64), None)
     x = torch.randn(batch, 4096, device="cuda").bfloat16()
     for cut in cuts(product, batch):
         first = product(x, cut)
@@ -202,7 +202,7 @@ def test_decoded_weights_give_the_same_bits_a_hundred_times(batch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_stays_in_its_row_of_many(value):
-    product = wide(weight(2048, 1024), adapters(2048, 1024, 64), None)
+    product = decoded(weight(2048, 1024), adapters(2048, 1024, 64), None)
     x = torch.randn(200, 1024, device="cuda").bfloat16()
     expected = product(x)
     x[150, 100] = value
@@ -213,7 +213,7 @@ def test_not_a_number_stays_in_its_row_of_many(value):
 
 
 def test_products_of_many_rows_are_captured():
-    product = wide(weight(2048, 2048), adapters(2048, 2048, 16), None)
+    product = decoded(weight(2048, 2048), adapters(2048, 2048, 16), None)
     x = torch.randn(200, 2048, device="cuda").bfloat16()
     expected, stream, graph = product(product(x)), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

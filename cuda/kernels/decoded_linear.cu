@@ -11,15 +11,14 @@
 #define NT 32  // tiles of 8 rows of x
 #endif
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "rows_of_y.cuh"
 #include "wgmma.cuh"
 
 constexpr int CONSUMER_WARPS = 8, THREADS = CONSUMER_WARPS * 32 + 128;
 constexpr int HALF_UNITS = UNITS / 2;
 constexpr int STEPS = 2;  // of B in a stage
-constexpr int STEP_BYTES = 512;
 constexpr int GROUP = 8;  // tiles of x that are walked through before the next row block
-#define MAX_STAGES 16
 
 struct Arguments {
   const u8* slabs;
@@ -39,9 +38,9 @@ struct Tile {
   int row_block, m_tile;
   DEVICE Tile(const Arguments& p, int number) {
     const int group = number / (GROUP * p.n_row_blocks), in_group = number % (GROUP * p.n_row_blocks);
-    const int wide = min(GROUP, p.n_m_tiles - group * GROUP);
-    m_tile = group * GROUP + in_group % wide;
-    row_block = in_group / wide;
+    const int of_x = min(GROUP, p.n_m_tiles - group * GROUP);
+    m_tile = group * GROUP + in_group % of_x;
+    row_block = in_group / of_x;
   }
 };
 
@@ -105,18 +104,6 @@ struct Walk {
     k = 0;
     is_over = items.is_over(p);
     if (!is_over) item = items.next(p);
-  }
-};
-
-struct Ring {
-  u32 full, empty, memory;
-  int stage = 0;
-  u32 phase = 0;
-  DEVICE u32 full_bar() const { return full + 8 * stage; }
-  DEVICE u32 empty_bar() const { return empty + 8 * stage; }
-  DEVICE u32 here(const Arguments& p) const { return memory + stage * p.stage_bytes; }
-  DEVICE void advance(int stages) {
-    if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
 
@@ -306,7 +293,7 @@ DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane,
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
-    wide_linear(const __grid_constant__ Arguments p) {
+    decoded_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ __align__(8) u64 full[MAX_STAGES], empty[MAX_STAGES];
   __shared__ u32 table[TABLE_WORDS];
@@ -335,7 +322,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
 }
 
 // Add the sums of each tile that was split, in order, and write y.
-// grid: a warp for each four tiles of eight rows of x of a unit, and `clusters` as wide_linear had; no shared memory.
+// grid: a warp for each four tiles of eight rows of x of a unit, and `clusters` as decoded_linear had; no shared memory.
 extern "C" __global__ void __launch_bounds__(256) add_splits(const __grid_constant__ Arguments p, int clusters) {
   constexpr int QUARTERS = NT / 4;
   let_next_kernel_start();

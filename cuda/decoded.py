@@ -84,7 +84,7 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-class WideProduct:
+class DecodedProduct:
     """y = x W^T + u B^T + bias, u = (x A^T) scaling, for x (M, K padded) of any M.
 
     Args:
@@ -157,11 +157,11 @@ class WideProduct:
         chosen = definitions(weight.encoding, weight.dtype, NT=nt)
         device = weight.slabs.device.index
         launch = Launch(
-            function("wide_linear.cu", "wide_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,
+            function("decoded_linear.cu", "decoded_linear", chosen, device), (1, 1, 1), _THREADS, stages * stage_bytes,
             [arguments],
         )  # fmt: skip
         clusters = ctypes.c_int()
-        handle = function("wide_linear.cu", "add_splits", chosen, device)
+        handle = function("decoded_linear.cu", "add_splits", chosen, device)
         return arguments, clusters, launch, Launch(handle, (1, 1, 1), 256, 0, [arguments, clusters])
 
 
