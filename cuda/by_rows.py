@@ -7,6 +7,7 @@ registers for asynchronous products (decoded.py). Many: the weight expanded to 1
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
@@ -21,8 +22,11 @@ from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 _EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
 #: of a fused product of 33 to 64 rows, and of a weight in it, of 16 bits or quantized
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
-#: rows of x up to which a fused product reads its weights no slower than a single row's
-_ALWAYS_FUSED = 32
+#: rows of x from which a quantized weight may be decoded; others are fused up to 64
+_FEWEST_DECODED = 33
+_ALIGNMENT = 16  # bytes, of what kernels load and copy
+#: arguments of launches and workspaces are shared, so that one thread at a time makes a product
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class ProductByRows:
@@ -40,23 +44,30 @@ class ProductByRows:
     ) -> None:
         self.weight, self._order = weight, order
         self._float_bias = None if bias is None else bias.float().contiguous()
-        self._has_kernels = order is not None or factors is None
-        self._fused = FusedProduct(weight, order, self._float_bias) if self._has_kernels else None
+        has_kernels = order is not None or factors is None
+        self._fused = FusedProduct(weight, order, self._float_bias) if has_kernels else None
         self.expanded = many_rows(weight, factors, bias)
         on_hopper = torch.cuda.get_device_capability(weight.slabs.device) == CAPABILITY
         self._most_decoded = 0
-        if self._has_kernels and on_hopper:
+        if has_kernels and on_hopper:
             self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
         x = self.weight.padded(x)
-        weight, batch = self.weight, x.shape[0]
-        is_quantized, may_decode = not weight.encoding.endswith("16"), batch <= self._most_decoded
-        kernel = kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, may_decode, is_quantized)
-        if self._fused is None or kernel == "expanded":
-            return self.expanded(x)
-        return self._decoded(x) if kernel == "decoded" else self._fused(x, x.new_empty(batch, weight.n_rows))
+        x = x.clone() if x.data_ptr() % _ALIGNMENT else x
+        with _ONE_AT_A_TIME:
+            if self._fused is None:
+                return self.expanded(x)
+            kernel = self._kernel(x.shape[0])
+            if kernel == "fused":
+                return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
+            return self._decoded(x) if kernel == "decoded" else self.expanded(x)
+
+    def _kernel(self, batch: int) -> str:
+        weight, may_decode = self.weight, batch <= self._most_decoded
+        is_quantized = not weight.encoding.endswith("16")
+        return kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, may_decode, is_quantized)
 
     @functools.cached_property
     def _n_sms(self) -> int:
@@ -72,16 +83,18 @@ class ProductByRows:
 def kernel_for(
     batch: int, n_row_blocks: int, n_slabs: int, n_sms: int, may_decode: bool, is_quantized: bool = False
 ) -> str:
-    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x; up to 32 always fused."""
-    if batch <= _ALWAYS_FUSED:
-        return "fused"
+    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
+
+    Up to 64 rows only fused; of quantized weights, also decoded from 33 on.
+    """
+    is_few = batch <= LARGEST_BATCH
+    may_decode = may_decode and (not is_few or (is_quantized and batch >= _FEWEST_DECODED))
     n_weights = n_row_blocks * n_slabs * BLOCK_ROWS * SLAB_COLUMNS
     dense_us = max(2 * n_weights / _BYTES, 2 * batch * n_weights / _OPERATIONS)
     fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if is_quantized else _FUSED_WEIGHT_US)
-    times = {
-        "fused": -(-batch // LARGEST_BATCH) * fused_us,
-        "expanded": dense_us + n_weights * _EXPANSION_US + _EXPANDED_US,
-    }
+    times = {"fused": -(-batch // LARGEST_BATCH) * fused_us}
+    if not is_few:
+        times["expanded"] = dense_us + n_weights * _EXPANSION_US + _EXPANDED_US
     if may_decode:
         times["decoded"] = estimated_us(batch, n_row_blocks, n_slabs, n_sms // 2)
     return min(times, key=lambda name: times[name])

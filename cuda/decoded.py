@@ -19,10 +19,10 @@ from .launching import Launch, stream_of
 from .low_rank import RANKS_OF_TILE, Fragments
 
 CAPABILITY = (9, 0)
+#: decoded_linear.cu: THREADS, SLAB_HEADER_BYTES, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
 _THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
-_MOST_STAGES = 16
-_X_BYTES = 64 << 20  # of x in its new order at a time
-#: tiles_of_x.cu: thread blocks that share K, rows of x of one, its shared memory
+_FEWEST_STAGES, _MOST_STAGES = 2, 16
+#: tiles_of_x.cu: PARTS, 8 * N_TILES, WARPS * SUMS float4
 _PARTS_OF_INPUT, _INPUT_ROWS, _INPUT_SUMS_BYTES = 8, 32, 8 * 512 * 16
 
 
@@ -108,16 +108,13 @@ class DecodedProduct:
         self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K padded), contiguous, in its dtype; ``shape`` as estimated best."""
-        out = x.new_empty(x.shape[0], self.weight.n_rows)
-        most = max(BLOCK_ROWS, _X_BYTES // (2 * x.shape[1]) // BLOCK_ROWS * BLOCK_ROWS)
-        for start in range(0, x.shape[0], most):
-            self._multiply(x[start : start + most], out[start : start + most], shape)
-        return out
+        """Return the product (M, N) of x (M, K padded), contiguous, in its dtype.
 
-    def _multiply(self, x: torch.Tensor, out: torch.Tensor, shape: Shape | None) -> None:
+        ``shape``: of ``shape_for``'s kinds, for as many tiles as x has; chosen by an estimate unless given.
+        """
         batch, weight, stream = x.shape[0], self.weight, stream_of(x)
         shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
+        out = x.new_empty(batch, weight.n_rows)
         n_m_tiles = shape.n_tiles // weight.n_row_blocks
         tiles, tiles_of_u = self._input(x, n_m_tiles, shape.rows, stream)
         arguments, clusters, launch, add = self._launch(shape.NT)
@@ -133,6 +130,7 @@ class DecodedProduct:
         launch.over(2 * clusters.value)(stream)
         if split:
             add.over(-(-split * 16 * (shape.NT // 4) // 8))(stream)
+        return out
 
     def _launch(self, nt: int) -> tuple[_Arguments, ctypes.c_int, Launch, Launch]:
         """Return the launches for tiles of 8 * ``nt`` rows, and the arguments that they share."""
@@ -145,6 +143,8 @@ class DecodedProduct:
         weight, adapters = self.weight, self._adapters
         stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
         stages = min(_MOST_STAGES, self._shared_bytes // stage_bytes)
+        if stages < _FEWEST_STAGES:
+            raise ValueError(f"{_FEWEST_STAGES} stages of {stage_bytes} bytes, {self._shared_bytes} of shared memory")
         arguments = _Arguments(
             slabs=weight.slabs.data_ptr(), halves=self._halves.data_ptr(),
             lora_b=adapters.lora_B.data_ptr() if adapters else None,

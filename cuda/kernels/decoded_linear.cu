@@ -6,7 +6,12 @@
 // grid: two thread blocks a cluster, each alone on its SM. Thread block h of a cluster multiplies units 8h .. 8h+7.
 // block: two warpgroups of consumers, then one of which a thread copies. Both thread blocks need the same x: each copies a
 // half of it to both.
-// shared memory: `stages` stages of `stage_bytes`: a slab's header, half of its units (or of two steps of B), then x (or u).
+//
+//   a stage:  own copies           | header | units 8h .. 8h+7 of a slab (or of two steps of B) |
+//             halves from both     | x of the slab, 64 columns: [4 chunks by block 0 | 4 by block 1] (or u of the steps) |
+//   full: all bytes of both rows have come.   empty: all 16 warps of both thread blocks have given the stage back.
+//
+// shared memory: `stages` (two at least) of `stage_bytes`.
 #ifndef NT
 #define NT 32  // tiles of 8 rows of x
 #endif
@@ -184,11 +189,11 @@ struct Opened {
   Unit unit;
   u32 x, empty_bar;
   float upper, lower;
-  // The next stage; where there is none, the one before again.
-  DEVICE void open(const Arguments& p, Ring& ring, bool is_there, int unit_number, int first_unit, int lane) {
+  // The next stage; where there is none, the one at `held` again: it is not given back yet, so that what is read is sound.
+  DEVICE void open(const Arguments& p, Ring& ring, bool is_there, u32 held, int unit_number, int first_unit, int lane) {
     while (is_there && !barrier_poll(ring.full_bar(), ring.phase)) {
     }
-    const u32 stage = is_there ? ring.here(p) : x - p.x_at;
+    const u32 stage = is_there ? ring.here(p) : held;
     const int begin = unit_number ? lds16(stage + 2 * unit_number) : 2, before = first_unit ? lds16(stage + 2 * first_unit) : 2;
     unit.open(stage + SLAB_HEADER_BYTES + 16 * (begin - before), lane);
     upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
@@ -218,11 +223,13 @@ struct Slabs {
   Tiles& sum;
   int unit_number, first_unit, lane;
   u32 table;
-  DEVICE void open(Opened& slab, bool is_there) { slab.open(p, ring, is_there, unit_number, first_unit, lane); }
+  DEVICE void open(Opened& slab, bool is_there, u32 held) {
+    slab.open(p, ring, is_there, held, unit_number, first_unit, lane);
+  }
   DEVICE void multiply(const Opened& now, Opened& next, bool has_next, u32 (&a)[2][2][4]) {
     multiply_pair(now, 0, a[0], sum, lane, table);
     held.release(lane);
-    open(next, has_next);
+    open(next, has_next, now.x - p.x_at);
     multiply_pair(now, 1, a[1], sum, lane, table);
     held.bar = now.empty_bar;
   }
@@ -230,7 +237,7 @@ struct Slabs {
   DEVICE void multiply_all(int n) {
     u32 a[2][2][4];
     Opened even, odd;
-    open(even, true);
+    open(even, true, 0);
     for (int i = 0; i < n; i += 2) {
       multiply(even, odd, true, a);
       multiply(odd, even, i + 2 < n, a);

@@ -31,3 +31,8 @@ def test_few_rows_are_fused_more_are_decoded_and_many_expanded(n_rows):
 def test_quantized_weights_are_decoded_from_33_rows_on():
     chosen = [kernel_for(batch, 16, 64, H100_SMS, True, True) for batch in (32, 33, 64, 256)]
     assert chosen == ["fused", "decoded", "decoded", "decoded"]
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_small_weights_are_fused_up_to_64_rows(is_quantized):
+    assert {kernel_for(batch, 4, 16, H100_SMS, False, is_quantized) for batch in range(1, 65)} == {"fused"}

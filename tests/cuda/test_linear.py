@@ -227,6 +227,44 @@ def test_products_of_many_rows_are_captured():
 
 
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("nt", [16, 32])
+def test_the_decoding_kernel_has_the_registers_that_its_warpgroups_share_out(encoding, nt):
+    from salr.cuda.compilation import module
+    from salr.cuda.device_layout import definitions
+
+    product = decoded(weight(256, 128, encoding=encoding), None, None)
+    found = module("decoded_linear.cu", definitions(product.weight.encoding, torch.bfloat16, NT=nt), 0)
+    assert found.get_function("decoded_linear").num_regs == 168
+
+
+@pytest.mark.parametrize("batch", [4, 100])
+def test_x_may_begin_anywhere_in_its_buffer(batch):
+    from salr.cuda.linear import linear
+
+    packed, low_rank = weight(512, 256), adapters(512, 256, 16)
+    x = torch.randn(batch * 256 + 1, device="cuda").bfloat16()[1:].view(batch, 256)
+    assert error(linear(x, packed, low_rank), exact(x, packed, low_rank, None)) < 5e-3
+
+
+def test_threads_take_turns():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from salr.cuda.linear import apply, prepare
+
+    packed, low_rank = weight(1024, 1024), adapters(1024, 1024, 16)
+    prepared, inputs = (
+        prepare(packed, low_rank, None),
+        [torch.randn(m, 1024, device="cuda").bfloat16() for m in (3, 90)],
+    )
+    expected = [apply(prepared, x).clone() for x in inputs]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: apply(prepared, inputs[i % 2]), range(200)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[i % 2]) for i, y in enumerate(found))
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [65, 128, 300])
 def test_many_rows_are_multiplied(encoding, batch):
     from salr.cuda.linear import linear
