@@ -3,8 +3,8 @@
 Invariant: a product needs one dense workspace, a part of the weight at a time. B's columns stand beside W's, and u =
 A x beside x, or y is read and written once more where that is less than copying x.
 
-Launches and the workspace belong to one thread at a time: by_rows.py lets one in; a layer that trains must not be run by
-two.
+Launches and the workspace belong to one thread at a time: by_rows.py lets one in; a layer that trains must not be run
+by two.
 
 Expanding the next part on a second stream while cuBLAS multiplies this one (the paper's two stages) was slower than one
 after the other: both want the same places on the SMs.
