@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.errors import CalibrationError, OptionError
-from .module_options import SETTINGS, ModuleOptions, matches
+from .module_options import RECORDED, SETTINGS, ModuleOptions, matches
 
 SCOPES = ("layer", "row", "global")
 PATTERNS = ("unstructured", "2:4")
@@ -257,7 +257,7 @@ class ConvertOptions:
             pattern=recorded.get("pattern", "unstructured"),
             rounds=recorded.get("rounds", DEFAULT_ROUNDS),
             calibration=CalibrationOptions(SYNTHETIC) if recorded.get("calibration") else None,
-            module=ModuleOptions(**{name: recorded[name] for name in SETTINGS if name in recorded}),
+            module=ModuleOptions(**{name: recorded[name] for name in RECORDED if name in recorded}),
             method=recorded["method"],
             scope=recorded["scope"],
             include=tuple(recorded["include"]),

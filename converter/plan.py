@@ -20,7 +20,7 @@ from .adapters.records import unpruned_reason
 from .adapters.source import Adapter
 from .ledger import ledger_lines
 from .methods.prune import global_kept_counts
-from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
+from .module_options import SOURCE, ModuleOptions
 from .options import ConvertOptions
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources.architecture import Architecture
@@ -188,7 +188,7 @@ def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int,
 
 def _residual_rank(module: str, settings: ModuleOptions, most: int) -> int:
     if settings.rank is None:
-        return min(DEFAULT_RANK, most)
+        return min(settings.default_rank, most)
     if settings.rank > most:
         raise OptionError(
             f"rank {settings.rank}",

@@ -28,14 +28,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def save_block(folder: Path, dtype: str) -> Path:
+def save_block(folder: Path, dtype: str, n_key_value_heads: int = 2) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=96, hidden_size=48, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
+        num_key_value_heads=n_key_value_heads, max_position_embeddings=32,
     )  # fmt: skip
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
@@ -51,6 +51,12 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def block32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the same in float32."""
     return save_block(tmp_path_factory.mktemp("block32") / "tiny", "float32")
+
+
+@pytest.fixture(scope="session")
+def narrow_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bfloat16 one with a single head of keys and values, whose layers are 12 x 48."""
+    return save_block(tmp_path_factory.mktemp("narrow") / "tiny", "bfloat16", n_key_value_heads=1)
 
 
 @pytest.fixture
