@@ -1,0 +1,122 @@
+"""A checkpoint that lacks weights of its class is refused before anything is computed; what may be missing is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from salr.converter.pipeline import plan_conversion
+from salr.converter.sources.architecture import Architecture
+from salr.converter.sources.checkpoint import Checkpoint
+from salr.converter.sources.completeness import missing_weights
+from salr.formats.errors import SourceError
+
+import salr
+
+OPTIONS = salr.ConvertOptions(salr.ModuleOptions(0.5, 4), method="magnitude")
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def copied(source, folder, drop="", **config):
+    """Copy a model directory without the weights that the expression ``drop`` finds, keys of its config changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not drop or re.search(drop, name) is None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+def meta_model(source):
+    return Architecture(Checkpoint(source)).model
+
+
+def names_in(source):
+    return list(load_file(source / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("model", "drop", "config", "found"),
+    [
+        ("llama", "", {"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.q_proj.weight, model.layers.2."),
+        ("llama", "1.self_attn.q_proj", {}, f"lacks {Q_PROJ}, needed"),
+        ("llama", "model.norm", {}, "lacks model.norm.weight, needed"),
+        ("tied_llama", "embed_tokens", {}, "lacks model.embed_tokens.weight, needed"),
+        ("gpt2", r"h.0.mlp.c_fc.bias", {}, "lacks transformer.h.0.mlp.c_fc.bias, needed"),
+        ("moe", r"layers.0.*experts.2.w1", {}, "lacks model.layers.0.block_sparse_moe.experts.2.w1.weight, needed"),
+        ("stacked_moe", r"layers.0.*experts.down", {}, "lacks model.layers.0.block_sparse_moe.experts.0.w2.weight, "),
+    ],
+)  # fmt: skip
+def test_missing_weights_are_named_before_there_is_any_output(model, drop, config, found, request, tmp_path):
+    source = copied(request.getfixturevalue(model), tmp_path / "source", drop, **config)
+    with pytest.raises(SourceError) as error:
+        salr.convert(source, tmp_path / "out.salr", OPTIONS)
+    assert str(error.value).startswith(f"{source}: {found}") and "\n" not in str(error.value)
+    assert "needed every weight of the " in str(error.value) and "download or save" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_of_many_missing_weights_three_are_named_and_the_rest_counted(llama, tmp_path):
+    with pytest.raises(SourceError, match=r"lacks (model\.layers\.\d\.[a-z_.]+(, )?){3} and 15 more, needed every"):
+        plan_conversion(copied(llama, tmp_path / "source", num_hidden_layers=4), OPTIONS)
+
+
+@pytest.mark.parametrize("model", ["llama", "tied_llama", "gpt2", "moe", "stacked_moe", "llava"])
+def test_what_is_missing_is_what_transformers_would_make_up(model, request):
+    source = request.getfixturevalue(model)
+    names, ours, config = names_in(source), meta_model(source), transformers.AutoConfig.from_pretrained(source)
+    assert missing_weights(ours, names) == []
+    shapes = {name: tensor.to("meta") for name, tensor in load_file(source / "model.safetensors").items()}
+    for name in names[:: max(1, len(names) // 6)]:
+        rest = {other: tensor for other, tensor in shapes.items() if other != name}
+        try:
+            theirs = type(ours).from_pretrained(
+                None, config=config, state_dict=rest, device_map="meta", output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )[1]  # fmt: skip
+            assert theirs["missing_keys"] or theirs["mismatched_keys"]
+        except RuntimeError as error:
+            assert "automatic conversion of the weights" in str(error)  # experts that cannot be stacked
+        assert missing_weights(ours, rest)
+
+
+def test_of_tied_weights_either_is_enough(tied_llama):
+    model, names = meta_model(tied_llama), names_in(tied_llama)
+    others = [name for name in names if name != "model.embed_tokens.weight"]
+    assert "lm_head.weight" not in names
+    assert missing_weights(model, others) == ["model.embed_tokens.weight"]
+    assert missing_weights(model, [*others, "lm_head.weight"]) == []
+
+
+def test_a_checkpoint_may_lack_what_its_class_does_without_and_buffers_that_are_not_saved():
+    config = transformers.BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        bart = transformers.BartForConditionalGeneration(config)
+        llama = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        )
+    assert "final_logits_bias" in bart.state_dict() and "model.rotary_emb.inv_freq" in dict(llama.named_buffers())
+    assert missing_weights(bart, [name for name, _ in bart.named_parameters()]) == []
+    assert missing_weights(llama, [name for name, _ in llama.named_parameters()]) == []
+
+
+def test_names_of_the_base_model_and_old_names_are_known(gpt2):
+    names = [name.removeprefix("transformer.") for name in names_in(gpt2)]
+    assert missing_weights(meta_model(gpt2), [*names, "h.0.attn.bias", "h.0.attn.masked_bias"]) == []
+    assert missing_weights(meta_model(gpt2), names[1:]) == [f"transformer.{names[0]}"]
+
+
+@pytest.mark.parametrize("architectures", [None, ["NobodysModel"]])
+def test_without_a_known_class_nothing_is_asked_for(llama, tmp_path, architectures):
+    source = copied(llama, tmp_path / "source", "q_proj", architectures=architectures, num_hidden_layers=5)
+    salr.convert(source, tmp_path / "out.salr", OPTIONS)
+    assert len(salr.open(tmp_path / "out.salr").modules) == 12
