@@ -1,8 +1,8 @@
 """Whether a checkpoint holds every weight that its config.json asks for.
 
-Invariant: the answer is that of transformers' own loading, found from names alone: what is missing is what
-``from_pretrained`` would make up. A weight that is tied to one that is there is not, nor what the class itself says may
-be missing.
+Invariant: the answer is that of transformers' own loading, found from names alone: missing are the parameters that
+``from_pretrained`` would make up. What is tied to a weight that is there is not, nor what the class itself says may be
+missing; buffers may be, since a class has values for them.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def missing_weights(model: Any, names: Iterable[str]) -> list[str]:
 
 
 def _saved_names(model: Any) -> list[str]:
-    """Return what the tensors of a model are called in a checkpoint that transformers saves; of tied ones the first."""
+    """Return what the parameters of a model are called in a checkpoint that transformers saves, without tied ones."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return list(revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied}))
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return list(revert_weight_conversion(model, parameters))
 
 
 class _Loading:
