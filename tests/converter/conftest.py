@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,27 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return change
+
+
+@pytest.fixture
+def edited_model(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a model directory to ``tmp_path/m`` and changes keys of its config.
+
+    ``without`` leaves out the weights whose names a regular expression finds; a key that is None goes.
+    """
+
+    def edit(source: Path, without: str | None = None, **changes: Any) -> Path:
+        folder = shutil.copytree(source, tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        if without is not None:
+            weights = load_file(folder / "model.safetensors")
+            kept = {name: weight for name, weight in weights.items() if re.search(without, name) is None}
+            save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return edit
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from salr.converter.pipeline import plan_conversion
 from salr.converter.sources.architecture import Architecture
 from salr.converter.sources.checkpoint import Checkpoint
@@ -22,17 +18,6 @@ OPTIONS = salr.ConvertOptions(salr.ModuleOptions(0.5, 4), method="magnitude")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def copied(source, folder, drop="", **config):
-    """Copy a model directory without the weights that the expression ``drop`` finds, keys of its config changed."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not drop or re.search(drop, name) is None}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | config))
-    return folder
-
-
 def meta_model(source):
     return Architecture(Checkpoint(source)).model
 
@@ -42,9 +27,9 @@ def names_in(source):
 
 
 @pytest.mark.parametrize(
-    ("model", "drop", "config", "found"),
+    ("model", "without", "config", "found"),
     [
-        ("llama", "", {"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.q_proj.weight, model.layers.2."),
+        ("llama", None, {"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.q_proj.weight, model.layers.2."),
         ("llama", "1.self_attn.q_proj", {}, f"lacks {Q_PROJ}, needed"),
         ("llama", "model.norm", {}, "lacks model.norm.weight, needed"),
         ("tied_llama", "embed_tokens", {}, "lacks model.embed_tokens.weight, needed"),
@@ -53,18 +38,20 @@ def names_in(source):
         ("stacked_moe", r"layers.0.*experts.down", {}, "lacks model.layers.0.block_sparse_moe.experts.0.w2.weight, "),
     ],
 )  # fmt: skip
-def test_missing_weights_are_named_before_there_is_any_output(model, drop, config, found, request, tmp_path):
-    source = copied(request.getfixturevalue(model), tmp_path / "source", drop, **config)
+def test_missing_weights_are_named_before_there_is_any_output(
+    model, without, config, found, request, edited_model, tmp_path
+):
+    source = edited_model(request.getfixturevalue(model), without, **config)
     with pytest.raises(SourceError) as error:
         salr.convert(source, tmp_path / "out.salr", OPTIONS)
     assert str(error.value).startswith(f"{source}: {found}") and "\n" not in str(error.value)
     assert "needed every weight of the " in str(error.value) and "download or save" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_of_many_missing_weights_three_are_named_and_the_rest_counted(llama, tmp_path):
+def test_of_many_missing_weights_three_are_named_and_the_rest_counted(llama, edited_model):
     with pytest.raises(SourceError, match=r"lacks (model\.layers\.\d\.[a-z_.]+(, )?){3} and 15 more, needed every"):
-        plan_conversion(copied(llama, tmp_path / "source", num_hidden_layers=4), OPTIONS)
+        plan_conversion(edited_model(llama, num_hidden_layers=4), OPTIONS)
 
 
 @pytest.mark.parametrize("model", ["llama", "tied_llama", "gpt2", "moe", "stacked_moe", "llava"])
@@ -111,7 +98,7 @@ def test_names_without_the_base_models_prefix_are_known(gpt2):
 
 
 @pytest.mark.parametrize("architectures", [None, ["NobodysModel"]])
-def test_without_a_known_class_nothing_is_asked_for(llama, tmp_path, architectures):
-    source = copied(llama, tmp_path / "source", "q_proj", architectures=architectures, num_hidden_layers=5)
+def test_without_a_known_class_nothing_is_asked_for(llama, edited_model, tmp_path, architectures):
+    source = edited_model(llama, "q_proj", architectures=architectures, num_hidden_layers=5)
     salr.convert(source, tmp_path / "out.salr", OPTIONS)
     assert len(salr.open(tmp_path / "out.salr").modules) == 12
