@@ -36,10 +36,11 @@ class ModuleOptions:
 
     Args:
         sparsity: fraction removed, 0 to 0.95.
-        rank: of the residual adapter; 0 for none; None for 64, or min(N, K) where that is less.
+        rank: of the residual adapter; 0 for none; None for ``default_rank``. One above min(N, K) is refused.
         values: encoding of kept weights: ``source`` for the checkpoint's own dtype, a float type, int8 or nf4.
         group_size: columns that share a scale, for int8 and nf4.
         adapter_values: the residual's storage, ``source`` or ``int8``; trained adapters always stay exact.
+        default_rank: the rank that nobody asked for, as a preset has one; min(N, K) where that is less.
     """
 
     sparsity: float = 0.5
@@ -47,12 +48,14 @@ class ModuleOptions:
     values: str = SOURCE
     group_size: int = 128
     adapter_values: str = SOURCE
+    default_rank: int = DEFAULT_RANK
 
     def __post_init__(self) -> None:
         if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity <= MAX_SPARSITY):
             raise OptionError(f"sparsity {self.sparsity}", needed=f"0 to {MAX_SPARSITY} (the fraction removed)")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 0):
-            raise OptionError(f"rank {self.rank}", needed="an integer, 0 or more")
+        for rank in (self.rank, self.default_rank):
+            if rank is not None and (type(rank) is not int or rank < 0):
+                raise OptionError(f"rank {rank}", needed="an integer, 0 or more")
         for name, value, choices in (
             ("values", self.values, VALUES),
             ("adapter_values", self.adapter_values, ADAPTER_VALUES),
@@ -77,8 +80,8 @@ class ModuleOptions:
 #: recommended recipes: see docs/choosing.md for their sizes and qualities
 PRESETS = {
     "exact": ModuleOptions(),
-    "balanced": ModuleOptions(sparsity=0.0, rank=0, values="int8"),
-    "small": ModuleOptions(sparsity=0.0, rank=16, values="nf4", adapter_values="int8"),
+    "balanced": ModuleOptions(sparsity=0.0, default_rank=0, values="int8"),
+    "small": ModuleOptions(sparsity=0.0, default_rank=16, values="nf4", adapter_values="int8"),
 }
 
 
@@ -96,7 +99,9 @@ def module_options(preset: str | None = None, **settings: Any) -> ModuleOptions:
 
 #: names of the settings, and how ``--set`` reads each
 _PARSERS: dict[str, type] = {"sparsity": float, "rank": int, "values": str, "group_size": int, "adapter_values": str}
-SETTINGS = tuple(field.name for field in fields(ModuleOptions))
+SETTINGS = tuple(_PARSERS)
+#: of what is recorded, those that make up the defaults of every module
+RECORDED = tuple(field.name for field in fields(ModuleOptions))
 
 
 def matches(pattern: str, name: str) -> bool:

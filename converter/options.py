@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.errors import CalibrationError, OptionError
-from .module_options import SETTINGS, ModuleOptions, matches
+from .module_options import RECORDED, SETTINGS, ModuleOptions, matches
 
 SCOPES = ("layer", "row", "global")
 PATTERNS = ("unstructured", "2:4")
@@ -21,8 +21,8 @@ DEFAULT_ROUNDS = 60
 SYNTHETIC = "synthetic"
 SYNTHETIC_SAMPLES = 16
 NO_DATA = "none"
-#: number of windows, of tokens in one, or seed
-_LARGEST = 2**31 - 1
+#: of windows, of tokens in a window, and as a seed
+_MAX_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         for name, value, least in (("samples", self.samples, 1), ("length", self.length, 1), ("seed", self.seed, 0)):
-            if type(value) is not int or not least <= value <= _LARGEST:
-                needed = f"an integer, {least} or more, up to {_LARGEST}"
+            if type(value) is not int or not least <= value <= _MAX_NUMBER:
+                needed = f"an integer, {least} or more, up to {_MAX_NUMBER}"
                 raise OptionError(f"--calibration: {name} {value!r}", needed=needed)
 
     def recorded(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class ConvertOptions:
             pattern=recorded.get("pattern", "unstructured"),
             rounds=recorded.get("rounds", DEFAULT_ROUNDS),
             calibration=CalibrationOptions(SYNTHETIC) if recorded.get("calibration") else None,
-            module=ModuleOptions(**{name: recorded[name] for name in SETTINGS if name in recorded}),
+            module=ModuleOptions(**{name: recorded[name] for name in RECORDED if name in recorded}),
             method=recorded["method"],
             scope=recorded["scope"],
             include=tuple(recorded["include"]),

@@ -20,11 +20,12 @@ from .adapters.records import unpruned_reason
 from .adapters.source import Adapter
 from .ledger import ledger_lines
 from .methods.prune import global_kept_counts
-from .module_options import DEFAULT_RANK, SOURCE, ModuleOptions
+from .module_options import SOURCE, ModuleOptions
 from .options import ConvertOptions
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources.architecture import Architecture
 from .sources.checkpoint import Asset, Checkpoint, SourceTensor
+from .sources.completeness import require_weights
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
 #: of float values as they are in the source
@@ -102,10 +103,12 @@ def make_plan(
 
     Raises:
         OptionError: a pattern matches nothing, or a rank exceeds min(N, K).
-        SourceError: a weight cannot be packed, or a name collides with one of the format's.
+        SourceError: a weight is missing or cannot be packed, or a name collides with one of the format's.
         AdapterError: a key matches no linear layer of the base, or shapes disagree.
     """
     architecture = Architecture(checkpoint)
+    if architecture.model is not None:
+        require_weights(checkpoint, architecture.model)
     choices = choose_tensors(checkpoint, architecture, options)
     trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
@@ -188,7 +191,7 @@ def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int,
 
 def _residual_rank(module: str, settings: ModuleOptions, most: int) -> int:
     if settings.rank is None:
-        return min(DEFAULT_RANK, most)
+        return min(settings.default_rank, most)
     if settings.rank > most:
         raise OptionError(
             f"rank {settings.rank}",

@@ -113,6 +113,13 @@ def merged_settings(source: Mapping[str, Any], names: Sequence[str], into: str) 
     return {into: {MERGED_FROM: kept}} if kept else {}
 
 
+def trained_settings(source: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of adapter ``name``, trained with ``settings``: beside them stays what was merged into it."""
+    before = _settings(source).get(name)
+    merged = before.get(MERGED_FROM) if isinstance(before, dict) else None
+    return dict(settings) if merged is None else {**settings, MERGED_FROM: merged}
+
+
 def _settings(source: Mapping[str, Any]) -> dict[str, Any]:
     known = source.get(TRAINED)
     return known if isinstance(known, dict) else {}

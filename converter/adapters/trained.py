@@ -76,8 +76,9 @@ def write_trained(
             for module, factors in adapter.factors.items():
                 writer.write(naming.lora_a_name(module, adapter.name), to_numpy(factors.lora_A))
                 writer.write(naming.lora_b_name(module, adapter.name), to_numpy(factors.lora_B))
-        settings = {adapter.name: dict(adapter.settings) for adapter in adapters}
-        source = records.with_settings(file.manifest.source, settings, modules)
+        source = file.manifest.source
+        settings = {a.name: records.trained_settings(source, a.name, a.settings) for a in adapters}
+        source = records.with_settings(source, settings, modules)
         writer.finish(replace(file.manifest, modules=modules, source=source))
     written = SalrFile(destination.of(file))
     return [summarize(written, adapter.name) for adapter in adapters]

@@ -24,7 +24,8 @@ def out(tmp_path) -> Path:
     return tmp_path / "out.salr"
 
 
-def left(out: Path) -> list[str]:
+def names_left(out: Path) -> list[str]:
+    """Return the names of the output and of all that a run left beside it."""
     return [path.name for path in out.parent.iterdir() if path.name.startswith("out")]
 
 
@@ -112,7 +113,7 @@ def test_a_lora_directory_needs_no_more_than_its_base(salr, llama32, lora, out):
 
 def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(salr, source, out):
     result = salr("convert", *MAGNITUDE, source, out, "--dry-run", "--exclude", "*.q_proj")
-    assert result.exit_code == 0 and left(out) == []
+    assert result.exit_code == 0 and names_left(out) == []
     for name in load_file(source / "model.safetensors"):
         assert name in result.stdout
     assert "excluded by --exclude" in result.stdout and "Linear in a block" in result.stdout
@@ -122,7 +123,7 @@ def test_a_dry_run_as_json_is_the_ledger(salr, llama32, lora, out):
     result = salr("convert", *MAGNITUDE, llama32, out, "--dry-run", "--json", "--adapter", f"a={lora}")
     lines = json.loads(result.stdout)
     expected = [*load_file(llama32 / "model.safetensors"), *load_file(lora / "adapter_model.safetensors")]
-    assert sorted(line["key"] for line in lines) == sorted(expected) and left(out) == []
+    assert sorted(line["key"] for line in lines) == sorted(expected) and names_left(out) == []
     assert {line["fate"] for line in lines} == {"packed", "kept"} and all(line["reason"] for line in lines)
 
 
@@ -131,7 +132,7 @@ def test_an_existing_output_is_refused_without_force(salr, fails, source, out):
     assert "out.salr: the output exists already; give --force to replace it, or another name" in fails(
         "convert", source, out
     )
-    assert out.read_bytes() == b"precious" and left(out) == ["out.salr"]
+    assert out.read_bytes() == b"precious" and names_left(out) == ["out.salr"]
     assert salr("convert", *MAGNITUDE, source, out, "--force").exit_code == 0 and SalrFile(out).modules
 
 
@@ -142,7 +143,7 @@ def test_a_forced_conversion_that_fails_leaves_the_old_file(fails, source, out):
     tensors[name][0, 0] = float("nan")
     save_file(tensors, source / "model.safetensors")
     assert f"tensor '{name}': holds NaN or infinity" in fails("convert", *MAGNITUDE, source, out, "--force", "--quiet")
-    assert out.read_bytes() == b"precious" and left(out) == ["out.salr"]
+    assert out.read_bytes() == b"precious" and names_left(out) == ["out.salr"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "LICENSE", "link"])
@@ -205,12 +206,12 @@ def test_what_a_run_with_other_options_left_is_refused_until_fresh(salr, fails, 
 )  # fmt: skip
 def test_a_senseless_option_is_one_line_and_leaves_nothing(fails, source, out, options, words):
     assert words in fails("convert", *MAGNITUDE, source, out, "--quiet", *options)
-    assert left(out) == []
+    assert names_left(out) == []
 
 
 def test_a_device_that_is_not_here_is_told_before_the_story_begins(fails, source, out):
     assert "device 'mps', needed cpu or cuda" in fails("convert", source, out, "--device", "mps")
-    assert left(out) == []
+    assert names_left(out) == []
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_a_device_that_is_not_here_is_told_before_the_story_begins(fails, source
 def test_a_broken_source_is_one_line_and_leaves_nothing(fails, source, out, break_it, words):
     break_it(source)
     assert words in fails("convert", *MAGNITUDE, source, out)
-    assert left(out) == []
+    assert names_left(out) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +30,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def save_block(folder: Path, dtype: str) -> Path:
+def save_block(folder: Path, dtype: str, n_key_value_heads: int = 2) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=96, hidden_size=48, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
+        num_key_value_heads=n_key_value_heads, max_position_embeddings=32,
     )  # fmt: skip
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
@@ -53,6 +55,12 @@ def block32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_block(tmp_path_factory.mktemp("block32") / "tiny", "float32")
 
 
+@pytest.fixture(scope="session")
+def narrow_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bfloat16 one with a single head of keys and values, whose layers are 12 x 48."""
+    return save_block(tmp_path_factory.mktemp("narrow") / "tiny", "bfloat16", n_key_value_heads=1)
+
+
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that copies a checkpoint with one module's weight changed."""
@@ -65,6 +73,27 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return change
+
+
+@pytest.fixture
+def edited_model(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a model directory to ``tmp_path/m`` and changes keys of its config.
+
+    ``without`` leaves out the weights whose names a regular expression finds; a key that is None goes.
+    """
+
+    def edit(source: Path, without: str | None = None, **changes: Any) -> Path:
+        folder = shutil.copytree(source, tmp_path / "m")
+        config = json.loads((folder / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        if without is not None:
+            weights = load_file(folder / "model.safetensors")
+            kept = {name: weight for name, weight in weights.items() if re.search(without, name) is None}
+            save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return edit
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -16,15 +13,6 @@ from salr.formats.errors import OptionError, SourceError
 import salr
 
 OPTIONS = salr.ConvertOptions(salr.ModuleOptions(0.5, 4), method="magnitude")
-
-
-def edited(source, folder, **changes):
-    """Copy a model directory and change keys of its config; None removes one."""
-    shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in (config | changes).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_a_conv1d_weight_is_stored_transposed(gpt2, read_tensors, tmp_path):
@@ -86,8 +74,8 @@ def test_stacked_experts_refuse_the_global_scope(stacked_moe, tmp_path):
 
 
 @pytest.mark.parametrize("architectures", [None, ["NobodysModel"], []])
-def test_without_a_known_class_2d_weights_of_numbered_blocks_are_packed(llama, tmp_path, architectures):
-    source = edited(llama, tmp_path / "m", architectures=architectures, model_type="nobodys")
+def test_without_a_known_class_2d_weights_of_numbered_blocks_are_packed(llama, edited_model, architectures):
+    source = edited_model(llama, architectures=architectures, model_type="nobodys")
     plan = plan_conversion(source, OPTIONS)
     known = plan_conversion(llama, OPTIONS)
     assert plan.class_name is None and known.class_name == "LlamaForCausalLM"
@@ -96,8 +84,8 @@ def test_without_a_known_class_2d_weights_of_numbered_blocks_are_packed(llama, t
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "AutoTokenizer", "PreTrainedTokenizerFast"])
-def test_a_class_that_is_no_model_gives_a_clear_error_or_counts_as_unknown(llama, tmp_path, name):
-    source = edited(llama, tmp_path / "m", architectures=[name])
+def test_a_class_that_is_no_model_gives_a_clear_error_or_counts_as_unknown(llama, edited_model, name):
+    source = edited_model(llama, architectures=[name])
     try:
         assert plan_conversion(source, OPTIONS).class_name is None
     except SourceError as error:
@@ -105,30 +93,30 @@ def test_a_class_that_is_no_model_gives_a_clear_error_or_counts_as_unknown(llama
 
 
 @pytest.mark.parametrize("architectures", ["LlamaForCausalLM", {"a": 1}, 5, [7]])
-def test_architectures_of_a_wrong_type_give_a_clear_error_or_count_as_unknown(llama, tmp_path, architectures):
-    source = edited(llama, tmp_path / "m", architectures=architectures)
+def test_architectures_of_a_wrong_type_give_a_clear_error_or_count_as_unknown(llama, edited_model, architectures):
+    source = edited_model(llama, architectures=architectures)
     try:
         assert len(plan_conversion(source, OPTIONS).modules) == 14
     except SourceError as error:
         assert "config.json" in str(error)
 
 
-def test_a_config_that_the_class_refuses_is_named(llama, tmp_path):
-    source = edited(llama, tmp_path / "m", num_attention_heads="many")
+def test_a_config_that_the_class_refuses_is_named(llama, edited_model):
+    source = edited_model(llama, num_attention_heads="many")
     with pytest.raises(SourceError, match=r"m/config.json: transformers cannot build LlamaForCausalLM from it \("):
         plan_conversion(source, OPTIONS)
 
 
-def test_a_config_of_another_size_is_refused_with_both_shapes(llama, tmp_path):
-    source = edited(llama, tmp_path / "m", intermediate_size=80)
+def test_a_config_of_another_size_is_refused_with_both_shapes(llama, edited_model):
+    source = edited_model(llama, intermediate_size=80)
     with pytest.raises(
         SourceError, match=r"down_proj.weight': shape \[64, 96\], needed \[64, 80\]; config.json and weights"
     ):
         plan_conversion(source, OPTIONS)
 
 
-def test_planning_runs_no_code_and_reads_no_weight_of_the_checkpoint(llama, tmp_path):
-    source = edited(llama, tmp_path / "m", auto_map={"AutoModelForCausalLM": "evil.Model"})
+def test_planning_runs_no_code_and_reads_no_weight_of_the_checkpoint(llama, edited_model):
+    source = edited_model(llama, auto_map={"AutoModelForCausalLM": "evil.Model"})
     (source / "evil.py").write_text("raise SystemExit('ran')")
     plan = plan_conversion(source, OPTIONS)
     assert len(plan.modules) == 14 and torch.get_default_device() == torch.device("cpu")

@@ -44,6 +44,21 @@ def test_single_settings_win_over_a_preset_and_none_leaves_it():
         module_options("tiny")
 
 
+def test_a_presets_rank_is_lowered_where_a_layer_is_smaller_and_one_that_was_asked_for_is_not(
+    narrow_block, quantize, complaints, tmp_path
+):
+    small = dataclasses.asdict(module_options("small"))
+    file = quantize(narrow_block, **small)
+    ranks = {name.rpartition(".")[2]: entry.adapters[0].rank for name, entry in file.modules.items()}
+    assert ranks == {name: 12 if name in ("k_proj", "v_proj") else 16 for name in ranks} and len(ranks) == 7
+    assert complaints(file, narrow_block) == []
+    with pytest.raises(OptionError, match=r"k_proj': rank 16, needed at most min\(N, K\) = 12"):
+        quantize(narrow_block, "asked.salr", **{**small, "rank": 16})
+    with pytest.raises(OptionError, match=r"v_proj': rank 13, needed at most min\(N, K\) = 12"):
+        quantize(narrow_block, "set.salr", **small, overrides=(parse_override("*.v_proj rank=13"),))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.salr"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("values", v) for v in ("int4", "", "NF4", None, 8)] + [("adapter_values", v) for v in ("nf4", "bf16", None)],

@@ -15,7 +15,8 @@ from salr.runtime.matrix import Matrix
 from salr.runtime.packed import PackedWeight
 
 UP = "layers.0.mlp.up"
-LEADING = 5, 3
+#: of x, before its columns
+LEADING_SHAPE = 5, 3
 
 
 @pytest.fixture
@@ -121,6 +122,7 @@ def dense(matrix, trained, bias=None):
 
 
 def assert_equal(found, expected, tolerance=1e-4):
+    """Compare tensors by the norm of their difference, as a share; None is equal to None alone."""
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if theirs is not None:
@@ -151,10 +153,11 @@ def test_adapters_train_where_x_needs_no_gradient(matrix, decoded, passes, froze
 
 
 def assert_as_dense(matrix, passes, frozen, bias, needs_x):
-    x = torch.randn(*LEADING, matrix.weight.n_columns, requires_grad=needs_x)
+    """Compare the output and every gradient, that of x with ``needs_x``, with those of the dense layer."""
+    x = torch.randn(*LEADING_SHAPE, matrix.weight.n_columns, requires_grad=needs_x)
     if bias is not None:
         bias = torch.randn(matrix.weight.n_rows, requires_grad=bias == "trained")
-    trained, upstream = adapters(matrix, frozen), torch.randn(*LEADING, matrix.weight.n_rows)
+    trained, upstream = adapters(matrix, frozen), torch.randn(*LEADING_SHAPE, matrix.weight.n_rows)
 
     def ours(x):
         return PASSES[passes](lambda x: product.linear(x, matrix, bias, "cpu", trained), x)
@@ -193,15 +196,15 @@ def test_a_layer_may_be_used_again_in_what_is_repeated(matrix, passes):
     trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
     missing = matrix.weight.n_columns - matrix.weight.n_rows
 
-    def several(layer):
+    def used_again(layer):
         def run(x):
             again = layer(torch.nn.functional.pad(layer(x), (0, missing)))
             return torch.cat([again, layer(x[:2]), layer(x[:1]).detach()])  # the same memory, fewer rows
 
         return lambda x: PASSES[passes](run, x)
 
-    expected = results(several(dense(matrix, trained)), x, trained)
-    found = results(several(lambda x: product.linear(x, matrix, None, "cpu", trained)), x, trained)
+    expected = results(used_again(dense(matrix, trained)), x, trained)
+    found = results(used_again(lambda x: product.linear(x, matrix, None, "cpu", trained)), x, trained)
     assert_equal(found, expected)
 
 
@@ -215,12 +218,12 @@ def test_a_torch_that_cannot_tell_who_sees_saved_tensors_gives_the_same_gradient
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_a_repeated_pass_decoded_in_vain_ends_with_the_backward_pass(matrix, monkeypatch, reentrant):
     decoded, dense_of = [], reference.dense
-    monkeypatch.setattr(reference, "dense", lambda weight: remember(dense_of(weight)))
 
-    def remember(weight):
+    def remembered(weight):
         decoded.append(weakref.ref(weight))
         return weight
 
+    monkeypatch.setattr(reference, "dense", lambda weight: remembered(dense_of(weight)))
     trained, x = adapters(matrix, ranks=(4,)), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
 
     def run(x, scale):
@@ -255,18 +258,18 @@ def test_under_autocast_adapters_are_computed_in_its_dtype(matrix):
     assert_equal(results(cast, x, trained), expected, 0)
     expected = results(ours, x, trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward pass alone
-        y = torch.autograd.grad(outside(ours, x), x)[0]
+        y = torch.autograd.grad(sum_without_autocast(ours, x), x)[0]
     torch.testing.assert_close(y, expected[1], rtol=0, atol=0)
 
 
-def outside(run, x):
+def sum_without_autocast(run, x):
     """Return run(x).sum() computed without autocast."""
     with torch.autocast("cpu", enabled=False):
         return run(x).sum()
 
 
 def test_the_output_may_be_changed_in_place(matrix):
-    trained, x = adapters(matrix), torch.randn(*LEADING, matrix.weight.n_columns, requires_grad=True)
+    trained, x = adapters(matrix), torch.randn(*LEADING_SHAPE, matrix.weight.n_columns, requires_grad=True)
     expected = results(lambda x: dense(matrix, trained)(x) * 2 + 1, x, trained)
     assert_equal(
         results(lambda x: product.linear(x, matrix, None, "cpu", trained).mul_(2).add_(1), x, trained), expected
@@ -302,7 +305,7 @@ def test_no_rows_have_gradients_of_zeros(matrix):
 
 
 def test_torch_func_maps_a_layer_and_is_refused_a_forward_derivative(matrix):
-    trained, x = adapters(matrix), torch.randn(*LEADING, matrix.weight.n_columns)
+    trained, x = adapters(matrix), torch.randn(*LEADING_SHAPE, matrix.weight.n_columns)
 
     def ours(x):
         return product.linear(x, matrix, None, "cpu", trained)

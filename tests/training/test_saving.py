@@ -192,12 +192,17 @@ def test_removing_a_trained_adapter_leaves_no_trace(packed, train, tmp_path):
     assert (tmp_path / "m.salr").read_bytes() == packed.read_bytes()
 
 
-def test_what_was_merged_into_an_adapter_keeps_its_settings_by_name(trained, tmp_path):
+def test_what_was_merged_into_an_adapter_keeps_its_settings_by_name_also_when_that_is_trained(trained, train, tmp_path):
     path = trained[1]
     before = salr.open(path).manifest.source["trained"]
     assert set(before) == {"default", "residual"}
     salr.merge_adapters(path, ["residual", "default"], "residual", rank=8)
     assert salr.open(path).manifest.source["trained"] == {"residual": {"merged_from": before}}
+    further = prepared(path)
+    train(further, 1)
+    salr.save(further, tmp_path / "further.salr", settings={"seed": 5})
+    found = salr.open(tmp_path / "further.salr").manifest.source["trained"]["residual"]
+    assert (found["merged_from"], found["seed"], set(found)) == (before, 5, {"trainer", "seed", "merged_from"})
 
 
 def test_peft_directories_of_a_tuned_file_compute_the_same(trained, tmp_path):
