@@ -137,14 +137,13 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _once(ctx, gradient)
+        compute = _once if torch.is_grad_enabled() else _gradients
         kind = gradient.device.type
         if not torch.is_autocast_enabled(kind):
-            return _gradients(ctx, gradient)
+            return compute(ctx, gradient)
         torch.set_autocast_enabled(kind, False)
         try:
-            return _gradients(ctx, gradient)
+            return compute(ctx, gradient)
         finally:
             torch.set_autocast_enabled(kind, True)
 

@@ -96,6 +96,10 @@ def adapters(matrix, frozen=(), ranks=(4, 2, 3)):
     return found
 
 
+def leaves(x, trained):
+    return [x, *(factor for a, b, _ in trained for factor in (a, b))]
+
+
 def results(run, x, trained, bias=None, upstream=None):
     """Return y and the gradients of x, bias and factors, None where there is none, and clear them."""
     leaves = [x, *([] if bias is None else [bias]), *(f for a, b, _ in trained for f in (a, b))]
@@ -372,6 +376,16 @@ def test_a_graph_can_be_used_twice_and_not_differentiated_several(matrix):
     assert torch.equal(gradient, first)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("passes", ["once", "repeated"])  # reentrant checkpoints refuse torch.autograd.grad
+def test_a_gradient_with_a_graph_of_its_own_is_the_same_under_autocast(matrix, passes):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    y = PASSES[passes](lambda x: product.linear(x, matrix, None, "cpu", trained), x).sum()
+    expected = torch.autograd.grad(y, leaves(x, trained), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(y, leaves(x, trained), create_graph=True)
+    assert_equal(found, expected, 0)
 
 
 def test_no_rows_have_gradients_of_zeros(matrix):
