@@ -114,12 +114,15 @@ class _Differentiable(torch.autograd.Function):
     """A product and its adapters as one node; ``factors`` are A, B of each.
 
     Few tensors are saved, since each one costs the host as much as two launches where checkpointing sees it: where
-    someone sees saved tensors it is x alone, in whatever pass. The rest is handed over or computed again.
+    someone sees saved tensors it is x alone, in whatever pass. The rest is handed over or computed again. An x that was
+    changed in place is told; in a checkpoint that is not reentrant, where torch does not look, only if something was
+    handed over.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, trainable: Trainable, scalings: Sequence[float], *factors: Tensor) -> Tensor:
-        rows, repeating = x.reshape(-1, x.shape[-1]).contiguous(), torch._C._current_graph_task_id()
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()  # torch's message about a changed view is another
+        repeating = torch._C._current_graph_task_id()
         decoded = trainable.decode() if repeating != _NO_PASS and ctx.needs_input_grad[0] else None
         y = trainable.multiply(rows, decoded)
         used = add_low_rank(y, rows, factors, scalings)
@@ -190,14 +193,22 @@ class _Call:
 
     trainable: Trainable
     x: Tensor
+    version: int
     factors: list[int]
     decoded: Tensor | None
     used: _Used
 
     def is_of(self, ctx: Any, x: Tensor) -> bool:
-        """Tell whether a node's call was this one: checkpointing gives it tensors of the repeated one, no more."""
-        is_same_x = self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
-        return is_same_x and self.factors == [*map(id, ctx.factors)]
+        """Tell whether a node's call was this one: checkpointing gives it tensors of the repeated one, no more.
+
+        Raises:
+            RuntimeError: x was changed since.
+        """
+        if self.x.data_ptr() != x.data_ptr() or self.x.shape != x.shape:
+            return False
+        if self.version != x._version:
+            raise RuntimeError("the input of a packed layer was changed in place; compute a new tensor instead")
+        return self.factors == [*map(id, ctx.factors)]
 
 
 #: by backward pass, which alone holds its calls: they end with it, or where it fails
@@ -209,7 +220,7 @@ def _hand_over(ctx: Any, x: Tensor, decoded: Tensor | None, used: _Used) -> None
     if held is None:
         held = _handed_over[ctx.repeating] = deque(maxlen=MOST_HELD)
         torch.autograd.Variable._execution_engine.queue_callback(held.clear)
-    held.append(_Call(ctx.trainable, x, [*map(id, ctx.factors)], decoded, used))
+    held.append(_Call(ctx.trainable, x, x._version, [*map(id, ctx.factors)], decoded, used))
 
 
 def _taken(ctx: Any) -> _Call | None:

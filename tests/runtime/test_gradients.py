@@ -367,6 +367,42 @@ def test_factors_that_change_before_the_backward_pass_are_told(matrix, passes):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("shape", [(4,), LEADING])
+@pytest.mark.parametrize("passes", ["once", "reentrant", "repeated"])
+@pytest.mark.parametrize("again", ["the layer", "another", "nothing"])
+def test_x_that_changes_before_the_backward_pass_is_told(matrix, passes, again, shape):
+    trained, x = adapters(matrix, ranks=(4,)), torch.randn(*shape, matrix.weight.n_columns, requires_grad=True)
+    first, second = layers(matrix, trained, 2)
+    later = {"the layer": first, "another": second, "nothing": lambda x: x}[again]
+
+    def run(x):
+        x = x * 1
+        y = first(x)
+        x.mul_(2)
+        return y + later(x).exp()
+
+    y = PASSES[passes](run, x)
+    told = "input of a packed layer was changed" if passes == "repeated" else "modified by an inplace operation"
+    with pytest.raises(RuntimeError, match=told):
+        y.sum().backward()
+
+
+def test_x_may_change_after_a_product_that_needs_no_gradient(matrix):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+
+    def twice(layer):
+        def run(x):
+            x = x * 1
+            y = layer(x).detach()
+            x.mul_(2)
+            return y + layer(x)
+
+        return lambda x: PASSES["repeated"](run, x)
+
+    expected = results(twice(dense(matrix, trained)), x, trained)
+    assert_equal(results(twice(lambda x: product.linear(x, matrix, None, "cpu", trained)), x, trained), expected)
+
+
 def test_a_graph_can_be_used_twice_and_not_differentiated_several(matrix):
     trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
     y = product.linear(x, matrix, None, "cpu", trained).pow(2).sum()
