@@ -187,7 +187,7 @@ _NO_PASS = -1
 _Used = Sequence[Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Call:
     """What a layer's forward pass, repeated in a backward pass, was given and found."""
 
