@@ -82,7 +82,10 @@ def parsed() -> argparse.Namespace:
     runs.add_argument("--work", type=Path, help="where converted bases are kept; beside --out by default")
     runs.add_argument("--jobs", type=int, default=6, help="processes at once")
     runs.add_argument(
-        "--gpus", nargs="+", default=["0"], help="numbers of GPUs that the processes share; a run uses one"
+        "--gpus",
+        nargs="+",
+        default=[],
+        help="numbers of GPUs that the processes share; by default the first visible one",
     )
     runs.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     runs.add_argument("--only", default="", help="variants whose name matches this regular expression")

@@ -7,16 +7,20 @@ nothing, and torch's own operations cost a CPU less than a GPU's launches.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from random_model import Sizes
 from salr.cuda import beside, expanded, launching
+from salr.cuda.compilation import Function
 from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +34,8 @@ from .report import table
 
 SIZES = Sizes(hidden=128, layers=4, heads=2, kv_heads=1, head_columns=64, intermediate=256, words=64)
 TOKENS = 4
+WARM_UP = 10
+HEAD = ("side", "checkpointing", "host ms a step", "x dense", "us more a linear", "operations", "views", "launches")
 _CPU = torch.device("cpu")
 _LINEARS = 7 * SIZES.layers
 _VIEWS = (
@@ -50,7 +56,12 @@ _VIEWS = (
 def run(steps: int) -> None:
     """Time steps of the sides in turn, with both kinds of checkpointing, and print a table in Markdown."""
     torch.set_num_threads(1)
-    replace_driver()
+    with replaced_driver():
+        print(table(HEAD, measured(steps)))
+
+
+def measured(steps: int) -> list[list[str]]:
+    """Return the table's lines; ``replaced_driver`` is at work."""
     sides = {side: kind for side, kind in SIDES.items() if kind[0] != "nf4"}
     models = {side: model(*kind) for side, kind in sides.items()}
     lines = []
@@ -59,7 +70,7 @@ def run(steps: int) -> None:
         for side, tuned in models.items():
             checkpoint(tuned, reentrant)
             stepped[side] = tuned, [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-            for _ in range(10):
+            for _ in range(WARM_UP):
                 step(*stepped[side])
         times: dict[str, list[float]] = {side: [] for side in models}
         for _ in range(steps):
@@ -75,8 +86,7 @@ def run(steps: int) -> None:
                 side, "reentrant" if reentrant else "not reentrant", f"{fastest:.1f}", f"{fastest / dense:.2f}",
                 f"{1e3 * (fastest - dense) / _LINEARS:.0f}", *map(str, counted(*stepped[side])),
             ])  # fmt: skip
-    head = ("side", "checkpointing", "host ms a step", "x dense", "us more a linear", "operations", "views", "launches")
-    print(table(head, lines))
+    return lines
 
 
 def model(kind: str, train_residual: bool) -> Any:
@@ -98,17 +108,20 @@ def install(matrix: Matrix) -> None:
     matrix._products[_CPU, None, None] = _Ready(Product(product, lambda: product), None, None)
 
 
-def replace_driver() -> None:
+@contextlib.contextmanager
+def replaced_driver() -> Iterator[None]:
     """Let launches call the C library, with as many arguments as a launch has."""
     nothing = ctypes.CDLL(None).sched_yield
     nothing.argtypes = (ctypes.c_void_p,) * 4
     driver: Any = SimpleNamespace(cuLaunchKernelEx=nothing)
     gpu: Any = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10, multi_processor_count=132)
-    replaced: dict[str, Any] = {"function": lambda *_: 1, "definitions": lambda *_: (), "stream_of": lambda _: 0}
-    for module in (beside, expanded):
-        vars(module).update(replaced)
-    vars(launching)["driver"] = lambda: driver
-    vars(torch.cuda)["get_device_properties"] = lambda _: gpu
+    kernels = {"function": lambda *_: Function(1, 0), "definitions": lambda *_: (), "stream_of": lambda _: 0}
+    cuda = {"get_device_properties": lambda _: gpu, "current_device": lambda: 0}
+    with contextlib.ExitStack() as stack:
+        for module, replaced in ((beside, kernels), (expanded, kernels), (torch.cuda, cuda)):
+            stack.enter_context(mock.patch.multiple(module, **replaced))
+        stack.enter_context(mock.patch.object(launching, "driver", lambda: driver))
+        yield
 
 
 def checkpoint(tuned: Any, reentrant: bool) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from .schedule import Results, Task, tasks
 from .training import Bench, Protocol
@@ -73,7 +74,7 @@ class Worker:
 
     process: Any
     inbox: Any
-    gpu: str
+    gpu: str | None
     task: Task | None = None
     holds: Any = None
 
@@ -137,10 +138,11 @@ class Crew:
         """Start one more worker, on the GPU that has fewest."""
         inbox = context.Queue()
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        gpu = min(self.gpus, key=[worker.gpu for worker in self.workers.values()].count)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read by the process when it begins; this one has read it long ago
+        gpu = min(self.gpus, key=[worker.gpu for worker in self.workers.values()].count, default=None)
         process = context.Process(target=serve, args=(self.place, threads, inbox, outbox), daemon=True)
-        process.start()
+        visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with mock.patch.dict(os.environ, visible):  # read by the process when it begins
+            process.start()
         worker = self.workers[process.pid] = Worker(process, inbox, gpu)
         return worker
 

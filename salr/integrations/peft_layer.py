@@ -24,7 +24,7 @@ from ..runtime import product
 from ..runtime.experts import packed_modules
 from ..runtime.gradients import TrainedAdapter
 from ..runtime.graph_decoding import forget_decoder
-from ..runtime.linear import SalrLinear
+from ..runtime.linear import SalrLinear, is_hooked
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 _FIX = "train plain LoRA, or unpack the file and use the dense model"
@@ -77,11 +77,10 @@ class SalrLoraLinear(Linear):  # type: ignore[misc]
         if options:
             return cast(torch.Tensor, super().forward(x, *args, **options))
         base = modules["base_layer"]
-        seen = args or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
-        if seen or type(base) is not SalrLinear:
+        if args or is_hooked(base) or type(base) is not SalrLinear:
             y = product.with_adapters(base(x, *args), x, adapters)
         else:
-            y = base(x, adapters)
+            y = base.forward(x, adapters)
         for name in dropped:
             y = product.with_adapters(y, dropout[name](x), [self._adapter(name)])
         return y

@@ -1,14 +1,19 @@
 """Products that gradients flow through, with the adapters that train beside them: one node of autograd for a layer.
 
-Invariant: the weight is decoded for the backward pass, and no dense weight outlives the pass it was decoded for. Where
-activation checkpointing runs a forward pass again inside the backward pass, what it decodes serves the gradient that
-follows at once.
+Invariant: the weight is decoded for the backward pass, and no dense weight outlives the pass it was decoded for, also
+where that fails. Where activation checkpointing runs a forward pass again inside the backward pass, what it decodes
+serves the gradient that follows at once. No more than the newest ``MOST_HELD`` weights are held, however much is
+repeated (a whole model, or the outer one of nested checkpoints); the others are decoded again.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,6 +25,8 @@ Tensor = torch.Tensor
 TrainedAdapter = tuple[Tensor, Tensor, float]
 #: rows of x from which several adapters are concatenated: y is read and written once, for more work of the host
 MANY_ROWS = 4096
+#: dense weights that a backward pass holds for gradients to come: a decoder layer's are 7
+MOST_HELD = 8
 
 
 class Trainable(Protocol):
@@ -107,12 +114,15 @@ class _Differentiable(torch.autograd.Function):
     """A product and its adapters as one node; ``factors`` are A, B of each.
 
     Few tensors are saved, since each one costs the host as much as two launches where checkpointing sees it: where
-    someone sees saved tensors it is x alone, in whatever pass. The rest is handed over or computed again.
+    someone sees saved tensors it is x alone, in whatever pass. The rest is handed over or computed again. An x that was
+    changed in place is told; in a checkpoint that is not reentrant, where torch does not look, only if something was
+    handed over.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, trainable: Trainable, scalings: Sequence[float], *factors: Tensor) -> Tensor:
-        rows, repeating = x.reshape(-1, x.shape[-1]).contiguous(), torch._C._current_graph_task_id()
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()  # torch's message about a changed view is another
+        repeating = torch._C._current_graph_task_id()
         decoded = trainable.decode() if repeating != _NO_PASS and ctx.needs_input_grad[0] else None
         y = trainable.multiply(rows, decoded)
         used = add_low_rank(y, rows, factors, scalings)
@@ -121,7 +131,7 @@ class _Differentiable(torch.autograd.Function):
         saved = rows if factors else _NOTHING
         if repeating != _NO_PASS:
             ctx.save_for_backward(saved)
-            _hand_over(repeating, _call(ctx, saved), (saved, decoded, used))
+            _hand_over(ctx, saved, decoded, used)
         elif _hooks(False) is not None:
             ctx.save_for_backward(saved)
         else:
@@ -130,14 +140,13 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _once(ctx, gradient)
+        compute = _once if torch.is_grad_enabled() else _gradients
         kind = gradient.device.type
         if not torch.is_autocast_enabled(kind):
-            return _gradients(ctx, gradient)
+            return compute(ctx, gradient)
         torch.set_autocast_enabled(kind, False)
         try:
-            return _gradients(ctx, gradient)
+            return compute(ctx, gradient)
         finally:
             torch.set_autocast_enabled(kind, True)
 
@@ -174,31 +183,61 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda 
 _NOTHING = torch.empty(0)
 _NO_PASS = -1
 
-_Call = tuple[Any, ...]
-_Used = tuple[Tensor, Tensor | None, Sequence[Tensor]]
-#: by backward pass: what the forward passes repeated in it used; taken once, and dropped when the pass ends
-_handed_over: dict[int, dict[_Call, _Used]] = {}
+#: A, B, u of each adapter
+_Used = Sequence[Tensor]
 
 
-def _call(ctx: Any, x: Tensor) -> _Call:
-    """Return what tells calls apart: checkpointing gives the first one's node tensors of the repeated one, no more."""
-    return (ctx.trainable, x.data_ptr(), x.shape[0], *map(id, ctx.factors))
+@dataclass(eq=False, slots=True)
+class _Call:
+    """What a layer's forward pass, repeated in a backward pass, was given and found."""
+
+    trainable: Trainable
+    x: Tensor
+    version: int
+    factors: list[int]
+    decoded: Tensor | None
+    used: _Used
+
+    def is_of(self, ctx: Any, x: Tensor) -> bool:
+        """Tell whether a node's call was this one: checkpointing gives it tensors of the repeated one, no more.
+
+        Raises:
+            RuntimeError: x was changed since.
+        """
+        if self.x.data_ptr() != x.data_ptr() or self.x.shape != x.shape:
+            return False
+        if self.version != x._version:
+            raise RuntimeError("the input of a packed layer was changed in place; compute a new tensor instead")
+        return self.factors == [*map(id, ctx.factors)]
 
 
-def _hand_over(backward_pass: int, call: _Call, used: _Used) -> None:
+#: by backward pass, which alone holds its calls: they end with it, or where it fails
+_handed_over: WeakValueDictionary[int, deque[_Call]] = WeakValueDictionary()
+
+
+def _hand_over(ctx: Any, x: Tensor, decoded: Tensor | None, used: _Used) -> None:
+    held = _handed_over.get(ctx.repeating)
+    if held is None:
+        held = _handed_over[ctx.repeating] = deque(maxlen=MOST_HELD)
+        torch.autograd.Variable._execution_engine.queue_callback(held.clear)
+    held.append(_Call(ctx.trainable, x, x._version, [*map(id, ctx.factors)], decoded, used))
+
+
+def _taken(ctx: Any) -> _Call | None:
+    """Take the newest call of a node's layer: gradients come in reverse order."""
+    backward_pass = torch._C._current_graph_task_id() if ctx.repeating == _NO_PASS else ctx.repeating
     held = _handed_over.get(backward_pass)
     if held is None:
-        _handed_over.clear()  # what a pass that failed left
-        held = _handed_over[backward_pass] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _drop(backward_pass))
-    held[call] = used
+        return None
+    for call in reversed(tuple(held)):
+        if call.trainable is ctx.trainable:
+            with contextlib.suppress(ValueError):  # the thread of another device pushed it out
+                held.remove(call)
+            return call
+    return None
 
 
-def _drop(backward_pass: int) -> None:
-    _handed_over.pop(backward_pass, None)
-
-
-def _from_forward(ctx: Any) -> _Used:
+def _from_forward(ctx: Any) -> tuple[Tensor, Tensor | None, _Used]:
     """Return x (M, K), the decoded weight or None, and A, B, u of each adapter.
 
     Raises:
@@ -209,9 +248,8 @@ def _from_forward(ctx: Any) -> _Used:
         return x, None, used
     if ctx.versions != [factor._version for factor in ctx.factors]:
         raise RuntimeError("factors of an adapter were changed in place between the forward and the backward pass")
-    backward_pass = torch._C._current_graph_task_id() if ctx.repeating == _NO_PASS else ctx.repeating
-    found = _handed_over.get(backward_pass, {}).pop(_call(ctx, x), None)
-    if found is not None:
-        return found
+    call = _taken(ctx)
+    if call is not None and call.is_of(ctx, x):
+        return x, call.decoded, call.used
     pairs = zip(ctx.factors[::2], ctx.factors[1::2], strict=True)
-    return x, None, [tensor for a, b in pairs for tensor in _inner(x, a, b)]
+    return x, None if call is None else call.decoded, [tensor for a, b in pairs for tensor in _inner(x, a, b)]

@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import product
 from .gradients import TrainedAdapter
 from .layout import ModuleLayout
 from .packed import PackedWeight
 from .packed_module import PackedModule
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Tell whether a call does more than ``forward``: there are hooks on the module or on all, or accelerate's."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or "_hf_hook" in vars(module) or _has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 class SalrLinear(PackedModule):

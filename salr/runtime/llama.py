@@ -15,7 +15,7 @@ import torch
 from . import backends, layer_operations
 from .decoder import Decoder, DecoderLayer, Product
 from .experts import packed_modules
-from .linear import SalrLinear
+from .linear import SalrLinear, is_hooked
 
 Tensor = torch.Tensor
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -67,8 +67,7 @@ def _is_odd(name: str, module: torch.nn.Module) -> bool:
     """Tell a projection that is neither packed nor plain, or that somebody hooked."""
     if not name.endswith("_proj") and name != "lm_head":
         return False
-    is_hooked = bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
-    return is_hooked or type(module) not in (SalrLinear, torch.nn.Linear)
+    return is_hooked(module) or type(module) not in (SalrLinear, torch.nn.Linear)
 
 
 def read_model(model: Any) -> Decoder:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from salr.formats.reader import SalrFile
@@ -95,6 +92,10 @@ def adapters(matrix, frozen=(), ranks=(4, 2, 3)):
         pair = torch.randn(rank, weight.n_columns), torch.randn(weight.n_rows, rank)
         found.append((*(factor.requires_grad_(i not in frozen) for factor in pair), scaling))
     return found
+
+
+def leaves(x, trained):
+    return [x, *(factor for a, b, _ in trained for factor in (a, b))]
 
 
 def results(run, x, trained, bias=None, upstream=None):
@@ -215,26 +216,6 @@ def test_a_torch_that_cannot_tell_who_sees_saved_tensors_gives_the_same_gradient
     assert len(decoded) == 2  # once for the comparison
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_what_a_repeated_pass_decoded_in_vain_ends_with_the_backward_pass(matrix, monkeypatch, reentrant):
-    decoded, dense_of = [], reference.dense
-
-    def remembered(weight):
-        decoded.append(weakref.ref(weight))
-        return weight
-
-    monkeypatch.setattr(reference, "dense", lambda weight: remembered(dense_of(weight)))
-    trained, x = adapters(matrix, ranks=(4,)), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
-
-    def run(x, scale):
-        return product.linear(x, matrix, None, "cpu", trained).detach() * scale  # the product needs no gradient
-
-    scale = torch.ones((), requires_grad=True)
-    checkpoint(run, x, scale, use_reentrant=reentrant).sum().backward()
-    gc.collect()
-    assert len(decoded) == 1 and decoded[0]() is None and scale.grad is not None
-
-
 def test_factors_of_another_dtype_are_cast_and_their_gradients_back(matrix):
     trained = adapters(matrix)
     x = torch.randn(4, matrix.weight.n_columns).bfloat16().requires_grad_()
@@ -286,6 +267,41 @@ def test_factors_that_change_before_the_backward_pass_are_told(matrix, passes):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("shape", [(4,), LEADING_SHAPE])
+@pytest.mark.parametrize("passes", ["once", "reentrant", "repeated"])
+@pytest.mark.parametrize("again", ["the layer", "another", "nothing"])
+def test_x_that_changes_before_the_backward_pass_is_told(matrix, passes, again, shape):
+    trained, x = adapters(matrix, ranks=(4,)), torch.randn(*shape, matrix.weight.n_columns, requires_grad=True)
+    other = {"the layer": matrix, "another": Matrix(matrix.weight, None), "nothing": None}[again]
+
+    def run(x):
+        x = x * 1
+        y = product.linear(x, matrix, None, "cpu", trained)
+        x.mul_(2)
+        return y + (x.sum() if other is None else product.linear(x, other, None, "cpu", trained)).exp()
+
+    y = PASSES[passes](run, x)
+    told = "input of a packed layer was changed" if passes == "repeated" else "modified by an inplace operation"
+    with pytest.raises(RuntimeError, match=told):
+        y.sum().backward()
+
+
+def test_x_may_change_after_a_product_that_needs_no_gradient(matrix):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+
+    def twice(layer):
+        def run(x):
+            x = x * 1
+            y = layer(x).detach()
+            x.mul_(2)
+            return y + layer(x)
+
+        return lambda x: PASSES["repeated"](run, x)
+
+    expected = results(twice(dense(matrix, trained)), x, trained)
+    assert_equal(results(twice(lambda x: product.linear(x, matrix, None, "cpu", trained)), x, trained), expected)
+
+
 def test_a_graph_can_be_used_twice_and_not_differentiated_several(matrix):
     trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
     y = product.linear(x, matrix, None, "cpu", trained).pow(2).sum()
@@ -295,6 +311,16 @@ def test_a_graph_can_be_used_twice_and_not_differentiated_several(matrix):
     assert torch.equal(gradient, first)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("passes", ["once", "repeated"])  # reentrant checkpoints refuse torch.autograd.grad
+def test_a_gradient_with_a_graph_of_its_own_is_the_same_under_autocast(matrix, passes):
+    trained, x = adapters(matrix), torch.randn(4, matrix.weight.n_columns, requires_grad=True)
+    y = PASSES[passes](lambda x: product.linear(x, matrix, None, "cpu", trained), x).sum()
+    expected = torch.autograd.grad(y, leaves(x, trained), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(y, leaves(x, trained), create_graph=True)
+    assert_equal(found, expected, 0)
 
 
 def test_no_rows_have_gradients_of_zeros(matrix):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import salr
 from salr.integrations.peft_layer import SalrLoraLinear
@@ -135,6 +138,60 @@ def test_who_watches_the_packed_layer_sees_it_without_its_adapters(packed):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     hook.remove()
     assert torch.equal(seen[0], layer.base_layer(x)) and not torch.allclose(seen[0], expected, atol=1e-3)
+
+
+def returned(_, inputs):
+    """Return new arguments in the place of all that a module was called with."""
+    return (inputs[0],)
+
+
+def through_accelerate(layer):
+    hooks = pytest.importorskip("accelerate.hooks", reason="its hooks take the place of forward")
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, x):
+            return (x,), {}
+
+    hooks.add_hook_to_module(layer, Hook())
+    return SimpleNamespace(remove=lambda: hooks.remove_hook_from_module(layer))
+
+
+WATCHED = {
+    "before": lambda layer: layer.register_forward_pre_hook(returned),
+    "before with options": lambda layer: layer.register_forward_pre_hook(
+        lambda _, inputs, options: (inputs[:1], options), with_kwargs=True
+    ),
+    "before all modules": lambda layer: register_module_forward_pre_hook(
+        lambda module, inputs: returned(module, inputs) if module is layer else None
+    ),
+    "accelerate": through_accelerate,
+}
+
+
+@pytest.mark.parametrize("where", WATCHED)
+def test_a_hook_that_gives_the_packed_layer_its_input_loses_no_adapter(packed, where):
+    layer = lora_layers(prepared(packed))["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(2, 3, 64)
+    expected = layer(x)
+    hook = WATCHED[where](layer.base_layer)
+    try:
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        hook.remove()
+
+
+def test_hooks_on_all_modules_see_the_packed_layer_without_its_adapters(packed):
+    layer = lora_layers(prepared(packed))["model.layers.0.self_attn.q_proj"]
+    x, seen = torch.randn(2, 3, 64), []
+    hook = register_module_forward_hook(
+        lambda module, inputs, y: seen.append((len(inputs), y)) if module is layer.base_layer else None
+    )
+    try:
+        layer(x)
+    finally:
+        hook.remove()
+    ((n_inputs, y),) = seen
+    assert n_inputs == 1 and torch.equal(y, layer.base_layer(x))
 
 
 def test_dropout_acts_on_the_new_adapter_in_training_only(packed):
