@@ -12,9 +12,11 @@ import threading
 import torch
 
 from .beside import Factors
-from .decoded import CAPABILITY, DecodedProduct, estimated_us
+from .compilation import ASYNC_CAPABILITY
+from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
+from .launching import aligned
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 
@@ -24,7 +26,6 @@ _EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 #: rows of x from which a quantized weight may be decoded; others are fused up to 64
 _FEWEST_DECODED = 33
-_ALIGNMENT = 16  # bytes, of what kernels load and copy
 #: arguments of launches and workspaces are shared, so that one thread at a time makes a product
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -47,15 +48,16 @@ class ProductByRows:
         has_kernels = order is not None or factors is None
         self._fused = FusedProduct(weight, order, self._float_bias) if has_kernels else None
         self.expanded = many_rows(weight, factors, bias)
-        on_hopper = torch.cuda.get_device_capability(weight.slabs.device) == CAPABILITY
+        device = weight.slabs.device
+        self._clusters = clusters_of(device)
+        may_decode = torch.cuda.get_device_capability(device) == ASYNC_CAPABILITY
         self._most_decoded = 0
-        if has_kernels and on_hopper:
+        if has_kernels and may_decode:
             self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
-        x = self.weight.padded(x)
-        x = x.clone() if x.data_ptr() % _ALIGNMENT else x
+        x = aligned(self.weight.padded(x))
         with _ONE_AT_A_TIME:
             if self._fused is None:
                 return self.expanded(x)
@@ -67,12 +69,7 @@ class ProductByRows:
     def _kernel(self, batch: int) -> str:
         weight, may_decode = self.weight, batch <= self._most_decoded
         is_quantized = not weight.encoding.endswith("16")
-        return kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._n_sms, may_decode, is_quantized)
-
-    @functools.cached_property
-    def _n_sms(self) -> int:
-        count: int = torch.cuda.get_device_properties(self.weight.slabs.device).multi_processor_count
-        return count
+        return kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._clusters, may_decode, is_quantized)
 
     @functools.cached_property
     def _decoded(self) -> DecodedProduct:
@@ -81,7 +78,7 @@ class ProductByRows:
 
 @functools.cache
 def kernel_for(
-    batch: int, n_row_blocks: int, n_slabs: int, n_sms: int, may_decode: bool, is_quantized: bool = False
+    batch: int, n_row_blocks: int, n_slabs: int, clusters: int, may_decode: bool, is_quantized: bool = False
 ) -> str:
     """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
 
@@ -96,5 +93,5 @@ def kernel_for(
     if not is_few:
         times["expanded"] = dense_us + n_weights * _EXPANSION_US + _EXPANDED_US
     if may_decode:
-        times["decoded"] = estimated_us(batch, n_row_blocks, n_slabs, n_sms // 2)
+        times["decoded"] = estimated_us(batch, n_row_blocks, n_slabs, clusters)
     return min(times, key=lambda name: times[name])

@@ -30,6 +30,8 @@ TARGETS: dict[str, tuple[str, ...]] = {"decoded_linear.cu": ("sm_90a",), "tiles_
     )
 }
 LEAST_CAPABILITY = (8, 0)
+#: the one with asynchronous products (wgmma), compiled for as sm_90a
+ASYNC_CAPABILITY = (9, 0)
 
 
 def options(definitions: tuple[tuple[str, int], ...]) -> tuple[str, ...]:

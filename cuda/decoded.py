@@ -14,18 +14,15 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
+from .device_layout import BLOCK_ROWS, HEADER_BYTES, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch, stream_of
 from .low_rank import RANKS_OF_TILE, Fragments
 
-CAPABILITY = (9, 0)
-#: decoded_linear.cu: THREADS, SLAB_HEADER_BYTES, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
-_THREADS, _HEADER_BYTES, _STEPS_BYTES = 384, 32, 2 * 8 * 512
+#: decoded_linear.cu: THREADS, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
+_THREADS, _STEPS_BYTES = 384, 2 * 8 * 512
 _FEWEST_STAGES, _MOST_STAGES = 2, 16
 #: tiles_of_x.cu: PARTS, 8 * N_TILES, WARPS * SUMS float4
 _PARTS_OF_INPUT, _INPUT_ROWS, _INPUT_SUMS_BYTES = 8, 32, 8 * 512 * 16
-
-
 #: NT of the shapes that are launched: 8 * NT rows of x a tile
 TILES_OF_ROWS = (16, 32)
 #: microseconds, measured on an H100 and an H200: of a slab's products by NT, and more for each tile of x that is on its
@@ -71,6 +68,12 @@ def _estimate(shape: Shape, n_row_blocks: int, n_slabs: int, clusters: int) -> f
     return us + (split / clusters * tile_us + _SPLIT_US[shape.NT] if split else 0.0)
 
 
+def clusters_of(device: torch.device) -> int:
+    """Return how many pairs of thread blocks run on a device at the same time."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count) // 2
+
+
 class _Arguments(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
@@ -97,12 +100,11 @@ class DecodedProduct:
         self.weight, self._adapters, self._bias = weight, adapters, bias
         device = weight.slabs.device
         properties: Any = torch.cuda.get_device_properties(device)
-        #: pairs of thread blocks that run at the same time
-        self.clusters = properties.multi_processor_count // 2
+        self.clusters = clusters_of(device)
         self._shared_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding)
         self._halves = halves(weight)
         begins = self._halves.to(torch.int64)
-        largest = 16 * int((begins[1:] - begins[:-1]).max()) + _HEADER_BYTES
+        largest = 16 * int((begins[1:] - begins[:-1]).max()) + HEADER_BYTES
         self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
         self._input = _TilesOfInput(weight, adapters)
         self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
@@ -169,7 +171,7 @@ def halves(weight: SlabWeight) -> torch.Tensor:
     """Return where each slab's units 0 and 8 begin, and the end, (2 * slabs + 1,) int32 in units of 16 bytes."""
     starts = weight.offsets.to(torch.int64)
     eighth = weight.slabs.view(torch.int16)[starts[:-1] * 8 + 8].to(torch.int64)
-    first = starts + _HEADER_BYTES // 16
+    first = starts + HEADER_BYTES // 16
     begins = torch.stack([first[:-1], starts[:-1] + eighth], 1).flatten()
     return torch.cat([begins, first[-1:]]).to(torch.int32)
 

@@ -17,7 +17,7 @@ from .launching import Launch, stream_of
 
 BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
 COLUMN_MULTIPLE = 128
-_HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
+HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
 _RESERVED_BYTES = 1024 + 512
 _DENSE_BYTES = {"dense16": 2048, "dense8": 1024, "dense4": 512}
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
@@ -177,7 +177,7 @@ def _offsets(
     else:
         unit_bytes = torch.full((n_units, UNITS), _DENSE_BYTES[encoding] + scales, device=device)
     sizes = (unit_bytes + 15) // 16
-    ends = _HEADER_BYTES // 16 + sizes.cumsum(1)
+    ends = HEADER_BYTES // 16 + sizes.cumsum(1)
     headers = torch.cat([ends[:, -1:], ends[:, :-1]], 1).to(torch.int16)
     offsets = torch.zeros(n_units + 1, dtype=torch.int64, device=device)
     torch.cumsum(ends[:, -1], 0, out=offsets[1:])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .compilation import Function, function
+from .compilation import ASYNC_CAPABILITY, Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch, stream_of
 from .low_rank import Fragments
@@ -74,7 +74,7 @@ def rounds_of_block(weight: SlabWeight) -> float:
 
 def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: float) -> Tile:
     """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
-    tiles = ASYNC_TILES if capability == (9, 0) and encoding.endswith("16") else TILES
+    tiles = ASYNC_TILES if capability == ASYNC_CAPABILITY and encoding.endswith("16") else TILES
     tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
     return SHORT_TILE if tile.ASYNC and tile.NT == SHORT_TILE.NT and rounds < _FEW_ROUNDS else tile
 

@@ -100,6 +100,12 @@ def stream_of(tensor: torch.Tensor) -> int:
     return int(torch._C._cuda_getCurrentRawStream(tensor.device.index))
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor contiguous and on 16 bytes, as kernels load it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def make_current(device: int) -> None:
     """Make a device's context, which torch uses too, this thread's own.
 

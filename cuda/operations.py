@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .launching import Launch, stream_of
+from .launching import Launch, aligned, stream_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
@@ -41,11 +41,11 @@ def add_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x + residual (M, H) and its RMSNorm times ``weight`` (H,); without a residual, x itself and its norm."""
-    x = _aligned(x)
+    x = aligned(x)
     normed, n_columns = torch.empty_like(x), x.shape[-1]
     summed = x if residual is None else torch.empty_like(x)
     chunks = -(-n_columns // (8 * _NORM_THREADS))
-    tensors = (x, None if residual is None else _aligned(residual), _aligned(weight), summed, normed)
+    tensors = (x, None if residual is None else aligned(residual), aligned(weight), summed, normed)
     arguments = [*map(_pointer, tensors), ctypes.c_int(n_columns), ctypes.c_float(epsilon)]
     grid = (x.numel() // n_columns, 1, 1)
     _launch("add_norm", x, {"THREADS": _NORM_THREADS, "CHUNKS": chunks}, grid, _NORM_THREADS, arguments)
@@ -54,7 +54,7 @@ def add_norm(
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """Return SiLU(gate) * up (M, I) of a stacked product (M, gate | up)."""
-    gate_up = _aligned(gate_up)
+    gate_up = aligned(gate_up)
     rows, n_columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, n_columns)
     arguments = [_pointer(gate_up), _pointer(y), ctypes.c_int(n_columns)]
@@ -91,7 +91,7 @@ def rotary(
         starts: (S,) int32: the slot of each sequence's position 0.
         norms: weights (D,) of q's and k's RMSNorm and its epsilon, for models that have one a head.
     """
-    qkv = _aligned(qkv)
+    qkv = aligned(qkv)
     sequences, n_kv_heads, capacity, columns = k.shape
     n_heads = qkv.shape[1] // columns - 2 * n_kv_heads
     q = qkv.new_empty(qkv.shape[0], n_heads, columns)
@@ -129,7 +129,7 @@ def attend(
         window: slots attended at most, the new one included; None for all.
         scale: of q k; None for 1 / sqrt(D).
     """
-    q = _aligned(q)
+    q = aligned(q)
     sequences, n_kv_heads, capacity, columns = k.shape
     group = q.shape[1] // n_kv_heads
     warps = max(w for w in (8, 4, 2) if w * group * columns * 4 <= _SHARED_BYTES)
@@ -161,12 +161,6 @@ def _workspace(
     partial = torch.empty(n_heads * splits * floats, dtype=torch.float32, device=device)
     sums = torch.empty(n_heads * splits * group * 2, dtype=torch.float32, device=device)
     return partial, sums, torch.zeros(n_heads, dtype=torch.int32, device=device)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor contiguous and on 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -138,11 +138,12 @@ def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
 
 
 def decoded(packed, low_rank, bias, dtype=torch.bfloat16):
-    from salr.cuda.decoded import CAPABILITY, DecodedProduct
+    from salr.cuda.compilation import ASYNC_CAPABILITY
+    from salr.cuda.decoded import DecodedProduct
     from salr.cuda.device_layout import lay_out
     from salr.cuda.low_rank import fragments
 
-    if torch.cuda.get_device_capability() != CAPABILITY:
+    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
         pytest.skip("asynchronous products need compute capability 9.0")
     order = low_rank and fragments(low_rank, dtype)
     return DecodedProduct(lay_out(packed, dtype), order, bias)
