@@ -104,6 +104,16 @@ SETTINGS = tuple(_PARSERS)
 RECORDED = tuple(field.name for field in fields(ModuleOptions))
 
 
+def check_rank(rank: int | None, most: int, tensor: str, fix: str) -> None:
+    """Refuse a rank that no update of a matrix can have: beyond min(N, K), ``most``, it costs memory and adds nothing.
+
+    Raises:
+        OptionError: see above; ``fix`` is what to do.
+    """
+    if rank is not None and rank > most:
+        raise OptionError(f"rank {rank}", tensor=tensor, needed=f"at most min(N, K) = {most}", fix=fix)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Tell whether a glob, or a regular expression after ``re:``, matches a whole module name.
 

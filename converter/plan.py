@@ -20,7 +20,7 @@ from .adapters.records import unpruned_reason
 from .adapters.source import Adapter
 from .ledger import ledger_lines
 from .methods.prune import global_kept_counts
-from .module_options import SOURCE, ModuleOptions
+from .module_options import SOURCE, ModuleOptions, check_rank
 from .options import ConvertOptions
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources.architecture import Architecture
@@ -192,13 +192,7 @@ def n_removed(module: str, settings: ModuleOptions, n_rows: int, n_columns: int,
 def _residual_rank(module: str, settings: ModuleOptions, most: int) -> int:
     if settings.rank is None:
         return min(settings.default_rank, most)
-    if settings.rank > most:
-        raise OptionError(
-            f"rank {settings.rank}",
-            tensor=module,
-            needed=f"at most min(N, K) = {most}",
-            fix=f"lower --rank, or give --set '{module} rank={most}'",
-        )
+    check_rank(settings.rank, most, module, f"lower --rank, or give --set '{module} rank={most}'")
     return settings.rank
 
 

@@ -154,10 +154,6 @@ def counted(tuned: Any, trained: list[torch.nn.Parameter]) -> tuple[int, int, in
         launches.append(stream)
         launch(self, stream)
 
-    vars(launching)["Launch"].__call__ = count
-    try:
-        with Counting():
-            step(tuned, trained)
-    finally:
-        vars(launching)["Launch"].__call__ = launch
+    with mock.patch.object(launching.Launch, "__call__", count), Counting():
+        step(tuned, trained)
     return seen[False], seen[True], len(launches)

@@ -14,7 +14,7 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ..converter.execution.packing import pack_module
-from ..converter.module_options import matches
+from ..converter.module_options import check_rank, matches
 from ..converter.options import ConvertOptions
 from ..converter.plan import PlannedModule, plan_module
 from ..converter.selection import Choice, module_name
@@ -67,11 +67,8 @@ class Packer:
             if not any(matches(pattern, module_name(name)) for pattern in options.exclude) and _has_home(model, name)
         }
         for name, role in self.roles.items():
-            most = min((role.shape or (1, 1))[-2:])
-            if (options.module.rank or 0) > most:
-                fix = "give SalrConfig a lower rank, or exclude the layer"
-                found = f"rank {options.module.rank}"
-                raise OptionError(found, tensor=name, needed=f"at most min(N, K) = {most}", fix=fix)
+            fix = "give SalrConfig a lower rank, or exclude the layer"
+            check_rank(options.module.rank, min((role.shape or (1, 1))[-2:]), name, fix)
 
     def pack(self, model: Any, name: str, weight: torch.Tensor) -> None:
         """Replace the module of parameter ``name`` by a packed one made from ``weight``, in the file's orientation."""

@@ -77,9 +77,14 @@ def differentiable(x: Tensor, trainable: Trainable, adapters: Sequence[TrainedAd
 
     Factors of another dtype are cast to x's, and their gradients back.
     """
-    factors = [factor for lora_a, lora_b, _ in adapters for factor in (lora_a, lora_b)]
-    y: Tensor = _apply(x, trainable, [scaling for _, _, scaling in adapters], *factors)  # type: ignore[no-untyped-call]
+    factors, scalings = factors_of(adapters)
+    y: Tensor = _apply(x, trainable, scalings, *factors)  # type: ignore[no-untyped-call]
     return y
+
+
+def factors_of(adapters: Sequence[TrainedAdapter]) -> tuple[list[Tensor], list[float]]:
+    """Return A, B of each adapter, one after the other, and the scalings."""
+    return [factor for a, b, _ in adapters for factor in (a, b)], [scaling for *_, scaling in adapters]
 
 
 def add_low_rank(y: Tensor, x: Tensor, factors: Sequence[Tensor], scalings: Sequence[float]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .backends import backend_for
-from .gradients import TrainedAdapter, add_low_rank, differentiable
+from .gradients import TrainedAdapter, add_low_rank, differentiable, factors_of
 from .matrix import Matrix
 from .packed import Adapters, PackedWeight
 
@@ -51,9 +51,7 @@ def linear(
     rows = x.reshape(-1, weight.n_columns).contiguous()
     y = product.run(rows)
     if trained:
-        add_low_rank(
-            y, rows, [factor for a, b, _ in trained for factor in (a, b)], [scaling for *_, scaling in trained]
-        )
+        add_low_rank(y, rows, *factors_of(trained))
     return y.view(*x.shape[:-1], weight.n_rows)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..converter.export.peft_config import PeftModule, adapter_config
+from ..converter.module_options import check_rank
 from ..formats.errors import AdapterError, OptionError
 from ..formats.manifest import RESIDUAL, is_adapter_name
 from ..runtime.linear import SalrLinear
@@ -63,7 +64,8 @@ def prepare_for_training(
         _check_residual(linears)
     _check_name(linears, name, rank is None)
     layers = linears if rank is None else _targets(model, linears, target)
-    _check_fits(rank, layers)
+    for layer_name, layer in layers.items():
+        check_rank(rank, min(layer.entry.shape), layer_name, "lower the rank, or leave the layer out of target")
     task = _task(model)
     if rank is None:
         tuned = _with_taken(peft, model, name, layers, task, autocast_adapter_dtype, dropout)
@@ -158,15 +160,6 @@ def _targets(model: Any, linears: dict[str, SalrLinear], target: str | Sequence[
                 needed="packed linear layers, whose adapters the file can hold",
             )
     return {name: linears[name] for name in found}
-
-
-def _check_fits(rank: int | None, layers: Mapping[str, SalrLinear]) -> None:
-    """Refuse a rank that no update of a layer can have: what is beyond min(N, K) costs memory and adds nothing."""
-    for name, layer in layers.items():
-        most = min(layer.entry.shape)
-        if rank is not None and rank > most:
-            fix = "lower the rank, or leave the layer out of target"
-            raise OptionError(f"rank {rank}", tensor=name, needed=f"at most min(N, K) = {most}", fix=fix)
 
 
 def _task(model: Any) -> str | None:
