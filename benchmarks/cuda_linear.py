@@ -31,6 +31,7 @@ from salr.cuda.device_layout import lay_out
 from salr.cuda.linear import PreparedProduct
 from salr.cuda.operations import add_norm
 from salr.cuda.semi_structured import ENVIRONMENT_VARIABLE
+from salr.cuda.skinny import items_of
 
 from salr.runtime.packed import Adapters, PackedWeight
 from salr.runtime.packing import pack
@@ -82,7 +83,7 @@ class Layer:
         self.products, self.bytes_a_weight = {}, {}
         for encoding in encodings:
             slabs = lay_out(self._packed(dense, kept, encoding), torch.bfloat16)
-            self.bytes_a_weight[encoding] = slabs.n_bytes / dense.numel()
+            self.bytes_a_weight[encoding] = (slabs.n_bytes + items_of(slabs)[0].nbytes) / dense.numel()
             copies = [dataclasses.replace(slabs, slabs=slabs.slabs.clone()) for _ in range(self._copies(slabs.n_bytes))]
             self.products[encoding] = [PreparedProduct(c, self.adapters, self.bias, torch.bfloat16) for c in copies]
 

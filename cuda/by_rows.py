@@ -1,7 +1,8 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
-Few rows: weight, adapters and bias in one launch (fused.py). More, on compute capability 9.0: weights decoded into
-registers for asynchronous products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
+At most 8 rows, and up to 64: weight, adapters and bias in one launch (skinny.py, from compute capability 9.0 on, and
+fused.py). More, on compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many:
+the weight expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .fused import LARGEST_BATCH, FusedProduct
 from .launching import aligned
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
+from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
+from .skinny import SkinnyProduct
 
 #: microseconds of an expanded product beside the products, of a weight's expansion, bytes and operations a microsecond
 _EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
@@ -50,9 +53,11 @@ class ProductByRows:
         self.expanded = many_rows(weight, factors, bias)
         device = weight.slabs.device
         self._clusters = clusters_of(device)
-        may_decode = torch.cuda.get_device_capability(device) == ASYNC_CAPABILITY
+        capability = torch.cuda.get_device_capability(device)
+        may_be_skinny = has_kernels and capability >= LEAST_SKINNY
+        self._skinny = SkinnyProduct(weight, order, self._float_bias) if may_be_skinny else None
         self._most_decoded = 0
-        if has_kernels and may_decode:
+        if has_kernels and capability == ASYNC_CAPABILITY:
             self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +66,8 @@ class ProductByRows:
         with _ONE_AT_A_TIME:
             if self._fused is None:
                 return self.expanded(x)
+            if self._skinny is not None and x.shape[0] <= self._skinny.most_rows:
+                return self._skinny(x, x.new_empty(x.shape[0], self.weight.n_rows))
             kernel = self._kernel(x.shape[0])
             if kernel == "fused":
                 return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
@@ -80,7 +87,7 @@ class ProductByRows:
 def kernel_for(
     batch: int, n_row_blocks: int, n_slabs: int, clusters: int, may_decode: bool, is_quantized: bool = False
 ) -> str:
-    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
+    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x that are not skinny's.
 
     Up to 64 rows only fused; of quantized weights, also decoded from 33 on.
     """

@@ -15,7 +15,11 @@ KERNELS = Path(__file__).parent / "kernels"
 ENCODINGS = {"bitmap16": 0, "dense16": 2, "dense8": 3, "dense4": 4}
 
 #: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
-TARGETS: dict[str, tuple[str, ...]] = {"decoded_linear.cu": ("sm_90a",), "tiles_of_x.cu": ("sm_90a",)} | {
+TARGETS: dict[str, tuple[str, ...]] = {
+    "decoded_linear.cu": ("sm_90a",),
+    "tiles_of_x.cu": ("sm_90a",),
+    "skinny_linear.cu": ("sm_90", "sm_90a", "sm_100"),
+} | {
     file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
     for file in (
         "fused_linear.cu",

@@ -7,7 +7,6 @@ the same time for the same slot, so each stream has its own counters and workspa
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from .device_layout import SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch, stream_of
 from .low_rank import Fragments
 from .schedule import Work, schedule, sharers
+from .sums import EMPTY, workspace
 
 LARGEST_BATCH = 64
 _SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
@@ -25,7 +25,6 @@ _A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
 _MOST_STAGES = 16
 _RING_BYTES = 80 << 10  # more is slower: what an SM is late with waits behind what others have asked for in advance
-_EMPTY = -1  # as in sums.cuh
 
 
 @dataclass(frozen=True)
@@ -166,8 +165,8 @@ class FusedProduct:
         plan = self._plans.get((tile, x_rows))
         if plan is None:
             plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
-        partial = _workspace(self.device, stream, "partial", plan.partial_floats)
-        u_partial = torch.full((plan.u_partial_floats,), _EMPTY, dtype=torch.int32, device=self.device)
+        partial = workspace(self.device, stream, "partial", plan.partial_floats)
+        u_partial = torch.full((plan.u_partial_floats,), EMPTY, dtype=torch.int32, device=self.device)
         counters = torch.zeros(plan.n_blocks, dtype=torch.int32, device=self.device)
         weight, adapters = self.weight, self.adapters
         arguments = _Arguments(
@@ -189,7 +188,7 @@ class FusedProduct:
         )  # fmt: skip
         arrange = None
         if tile.ASYNC:
-            arranged = _workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
+            arranged = workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
             arrange = Arrangement(arranged, weight, 8 * tile.NT)
         return arguments, launch, arrange, (counters, u_partial, partial)
 
@@ -254,17 +253,3 @@ class Arrangement:
         self._x.value, self._batch.value = x.data_ptr(), x.shape[0]
         self._launch(stream)
         return self._arranged.data_ptr()
-
-
-@functools.cache
-def _known_workspaces(device: torch.device) -> dict[tuple[int, str], torch.Tensor]:
-    return {}
-
-
-def _workspace(device: torch.device, stream: int, use: str, n_words: int) -> torch.Tensor:
-    """Return 32-bit words that all products of a stream share, at least so many, empty when new."""
-    known = _known_workspaces(device)
-    found = known.get((stream, use))
-    if found is None or found.numel() < n_words:
-        found = known[stream, use] = torch.full((n_words,), _EMPTY, dtype=torch.int32, device=device)
-    return found

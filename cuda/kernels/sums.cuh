@@ -1,7 +1,7 @@
-// Partial sums of fused_linear.cu: leaving them in memory, waiting for them, adding them in order, turning them into u
-// or into y.
+// Partial sums: leaving them in memory, waiting for them, adding them in order, turning them into u or into y. `Arguments`
+// is that of the kernel.
 #pragma once
-#include "stream.cuh"
+#include "ptx.cuh"
 
 constexpr u32 EMPTY = ~0u;  // in a place for a sum that is not there yet; as a float, a NaN that no product yields
 #define EMPTY_FLOAT __uint_as_float(EMPTY)
@@ -10,9 +10,6 @@ DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[
 
 DEVICE uint4 as_bits(float4 v) {
   return make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-}
-DEVICE float4 as_floats(uint4 v) {
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
 DEVICE void store_sum(float4* to, float4 v) {

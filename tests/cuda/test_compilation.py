@@ -45,6 +45,13 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
         assert compilation.cubin("decoded_linear.cu", chosen, "sm_90a").startswith(ELF)
 
 
+@pytest.mark.parametrize("encoding", compilation.ENCODINGS)
+def test_the_skinny_kernel_compiles_for_each_encoding(encoding):
+    from salr.cuda.device_layout import definitions
+
+    assert compilation.cubin("skinny_linear.cu", definitions(encoding, torch.float16), "sm_90a").startswith(ELF)
+
+
 def test_the_fused_kernel_compiles_in_every_shape_for_older_gpus():
     for tile in TILES:
         assert compilation.cubin("fused_linear.cu", tile.definitions, "sm_80").startswith(ELF)

@@ -63,17 +63,28 @@ def fused(packed, low_rank, bias, dtype):
     return FusedProduct(lay_out(packed, dtype), low_rank and fragments(low_rank, dtype), bias)
 
 
+def one_launch_products(packed, low_rank, bias, dtype, batch):
+    """Return the products that make one launch of so few rows."""
+    from salr.cuda.skinny import LEAST_CAPABILITY, SkinnyProduct
+
+    found = [fused(packed, low_rank, bias, dtype)]
+    if torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
+        skinny = SkinnyProduct(found[0].weight, found[0].adapters, bias)
+        found += [skinny] if batch <= skinny.most_rows else []
+    return found
+
+
 def check_fused(packed, rank, batch, dtype=torch.bfloat16, tolerance=5e-5):
     """Hold float32 and 16-bit outputs, both poisoned before, against float64."""
     low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
     bias = torch.randn(packed.n_rows, device="cuda")
     x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
-    product = fused(packed, low_rank, bias, dtype)
-    wide = torch.nn.functional.pad(x, (0, product.weight.padded_columns - packed.n_columns))
     expected = exact(x, packed, low_rank, bias, dtype)
-    for out_dtype, limit in ((torch.float32, tolerance), (dtype, 5e-3)):
-        out = torch.full((batch, packed.n_rows), torch.nan, device="cuda", dtype=out_dtype)
-        assert error(product(wide, out), expected) < limit
+    for product in one_launch_products(packed, low_rank, bias, dtype, batch):
+        wide = product.weight.padded(x).contiguous()
+        for out_dtype, limit in ((torch.float32, tolerance), (dtype, 5e-3)):
+            out = torch.full((batch, packed.n_rows), torch.nan, device="cuda", dtype=out_dtype)
+            assert error(product(wide, out), expected) < limit
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -111,30 +122,30 @@ def test_rows_and_units_with_nothing_or_everything_kept(batch):
 @pytest.mark.parametrize("batch", [1, 8, 16, 64])
 def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
     low_rank, bias = adapters(4096, 4096, 64), torch.randn(4096, device="cuda")
-    product = fused(weight(4096, 4096), low_rank, bias, torch.bfloat16)
     x = torch.randn(batch, 4096, device="cuda").bfloat16()
-    out = torch.empty(batch, 4096, device="cuda", dtype=torch.bfloat16)
-    first = product(x, out).clone()
-    for _ in range(100):
-        out.fill_(torch.nan)
-        assert torch.equal(product(x, out), first)
+    for product in one_launch_products(weight(4096, 4096), low_rank, bias, torch.bfloat16, batch):
+        out = torch.empty(batch, 4096, device="cuda", dtype=torch.bfloat16)
+        first = product(x, out).clone()
+        for _ in range(100):
+            out.fill_(torch.nan)
+            assert torch.equal(product(x, out), first)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
     low_rank = adapters(2048, 1024, 64)
-    product = fused(weight(2048, 1024), low_rank, None, torch.bfloat16)
-    x = torch.randn(batch, 1024, device="cuda").bfloat16()
-    out = torch.zeros(batch, 2048, device="cuda")
-    expected = product(x, torch.zeros_like(out)).clone()
-    x[batch - 1, 100] = value
-    for _ in range(3):
-        product(x, out)
-    assert not out[batch - 1].isfinite().any()
-    assert torch.equal(out[: batch - 1], expected[: batch - 1])
-    x[batch - 1, 100] = 0.0
-    assert product(x, out).isfinite().all()
+    for product in one_launch_products(weight(2048, 1024), low_rank, None, torch.bfloat16, batch):
+        x = torch.randn(batch, 1024, device="cuda").bfloat16()
+        out = torch.zeros(batch, 2048, device="cuda")
+        expected = product(x, torch.zeros_like(out)).clone()
+        x[batch - 1, 100] = value
+        for _ in range(3):
+            product(x, out)
+        assert not out[batch - 1].isfinite().any()
+        assert torch.equal(out[: batch - 1], expected[: batch - 1])
+        x[batch - 1, 100] = 0.0
+        assert product(x, out).isfinite().all()
 
 
 def decoded(packed, low_rank, bias, dtype=torch.bfloat16):
@@ -292,9 +303,10 @@ def test_expansion_is_bit_equal_to_the_reference(encoding):
     assert not dense[:, 1000:].any()
 
 
-def test_products_are_captured_and_run_on_several_streams():
+@pytest.mark.parametrize("kernel", [0, -1])
+def test_products_are_captured_and_run_on_several_streams(kernel):
     low_rank = adapters(1024, 1024, 16)
-    products = [fused(weight(1024, 1024), low_rank, None, torch.bfloat16) for _ in range(2)]
+    products = [one_launch_products(weight(1024, 1024), low_rank, None, torch.bfloat16, 4)[kernel] for _ in range(2)]
     x, y = (torch.randn(4, 1024, device="cuda").bfloat16() for _ in range(2))
     expected = products[1](products[0](x, torch.empty_like(x)), torch.empty_like(x)).clone()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -315,9 +327,10 @@ def test_products_are_captured_and_run_on_several_streams():
 
 def test_bfloat16_weights_take_at_most_1_15_bytes():
     from salr.cuda.device_layout import lay_out
+    from salr.cuda.skinny import items_of
 
-    packed = weight(4096, 4096)
-    assert lay_out(packed, torch.bfloat16).n_bytes / (4096 * 4096) < 1.15
+    slabs = lay_out(weight(4096, 4096), torch.bfloat16)
+    assert (slabs.n_bytes + items_of(slabs)[0].nbytes) / (4096 * 4096) < 1.15
 
 
 def gradients(run, x, upstream):

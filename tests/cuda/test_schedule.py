@@ -1,10 +1,13 @@
-"""The fused kernel's division of work: all of it, once, in neighbouring thread blocks."""
+"""How kernels divide their work: all of it, once, in neighbouring thread blocks."""
 
 from __future__ import annotations
+
+import itertools
 
 import hypothesis.strategies as st
 from hypothesis import given
 from salr.cuda.schedule import Work, schedule, sharers
+from salr.cuda.skinny import shares
 
 SIZES = st.integers(1, 40)
 
@@ -42,3 +45,17 @@ def test_sharers_of_a_row_block_are_those_with_rounds_of_it(work, n_blocks):
         begin, end = row_block * rounds, (row_block + 1) * rounds
         having = [b for b, (_, _, start, stop) in enumerate(chosen.tolist()) if start < end and stop > begin]
         assert having == list(range(first, last + 1))
+
+
+@given(st.integers(1, 10**6), st.integers(1, 200))
+def test_each_item_of_a_skinny_product_belongs_to_one_thread_block(n_items, n_blocks):
+    n_blocks = min(n_blocks, n_items)
+    found = shares(n_items, n_blocks)
+
+    def first_of(block):  # as skinny.cuh has it
+        late = max(block - found["late"], 0)
+        return block * found["share"] + min(block, found["more"]) - late * found["fewer"]
+
+    starts = [first_of(block) for block in range(n_blocks + 1)]
+    assert starts[0] == 0 and starts[-1] == n_items
+    assert all(start < end for start, end in itertools.pairwise(starts))

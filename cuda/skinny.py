@@ -1,0 +1,165 @@
+"""The product for at most 8 rows of x: one launch, in which each thread block has all of x and whole rows of W.
+
+Invariant: the same input gives the same bits, whatever else runs; one prepared product must not run on two streams at
+the same time for the same slot, so each stream has its own counters and workspace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from .compilation import function
+from .device_layout import HEADER_BYTES, UNITS, SlabWeight, definitions, fixed_shared_bytes
+from .launching import Launch, stream_of
+from .low_rank import Fragments
+from .sums import EMPTY, workspace
+
+LARGEST_BATCH = 8
+#: the first with copies of whole blocks of memory
+LEAST_CAPABILITY = (9, 0)
+_PAIR, _PAIR_ROWS, _WARPS, _FINISHERS, _TEAMS = 2, 32, 16, 4, 2  # as in skinny.cuh
+_MOST_DEPTH, _MOST_CHUNKS, _LEAST_CHUNK_SHIFT = 8, 16, 3
+_SUMS_BYTES = (_TEAMS * _WARPS * _PAIR + _FINISHERS) * 512
+_BARRIER_BYTES = 1 << 10
+_RING_BYTES = 80 << 10  # more is not faster
+_PARTS_OF_A = 8
+_LATE, _FEWER = 0.1, 16  # this part of the thread blocks starts late, and gets so many items fewer
+
+
+def items_of(weight: SlabWeight) -> tuple[torch.Tensor, int]:
+    """Return where pairs of units lie, (row pairs, slabs, 2) int32, and the bytes of the largest.
+
+    A pair's first byte in units of 16; the size of its first unit, and of both shifted by 16 bits, in those units.
+    """
+    n_blocks, n_slabs = weight.n_row_blocks, weight.n_slabs
+    starts = weight.offsets[:-1].long()
+    header = torch.arange(HEADER_BYTES // 2, device=starts.device)
+    begins = weight.slabs.view(torch.int16)[8 * starts[:, None] + header].int() & 0xFFFF
+    ends = torch.cat([begins[:, 1:], begins[:, :1]], 1)  # the first number is the slab's size
+    begins[:, 0] = HEADER_BYTES // 16
+    first, last = begins[:, ::_PAIR], ends[:, 1::_PAIR]
+    sizes = (ends[:, ::_PAIR] - first) | (last - first) << 16
+    items = torch.stack([weight.offsets[:-1, None] + first, sizes], -1)
+    items = items.view(n_blocks, n_slabs, UNITS // _PAIR, 2).transpose(1, 2)
+    n_rows = -(-weight.n_rows // _PAIR_ROWS)
+    return items.reshape(-1, n_slabs, 2)[:n_rows].contiguous(), 16 * int((last - first).max())
+
+
+def shares(n_items: int, n_blocks: int) -> dict[str, int]:
+    """Return how items are divided: ``share`` each, one more for the first ``more``, ``fewer`` from ``late`` on.
+
+    The last thread blocks start last: on the SMs that the launch before left last.
+    """
+    late = n_blocks - int(_LATE * n_blocks)
+    fewer = int(min(_FEWER, n_items / n_blocks / 4))
+    share, more = divmod(n_items + (n_blocks - late) * fewer, n_blocks)
+    return {"share": share, "more": more, "late": late, "fewer": fewer}
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "slabs", "items", "lora_a", "lora_b", "scaling", "first_step", "bias", "x", "y", "partial", "u_partial",
+            "counters",
+        )
+    ) + tuple(
+        (name, ctypes.c_int)
+        for name in (
+            "n_rows", "n_columns", "batch", "wide", "n_slabs", "rank_tiles", "block_steps", "a_parts", "item_bytes",
+            "depth", "y_pitch", "x_shift", "share", "more", "late", "fewer",
+        )
+    )  # fmt: skip
+
+
+class SkinnyProduct:
+    """y = x W^T + adapters + bias for x (M <= 8, K padded), one launch.
+
+    Args:
+        weight: the slabs.
+        adapters: in fragment order, or None.
+        bias: (N,) float32, or None.
+    """
+
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, bias: torch.Tensor | None) -> None:
+        self.weight, self.adapters, self.bias = weight, adapters, bias
+        self.device = weight.slabs.device
+        self._properties: Any = torch.cuda.get_device_properties(self.device)
+        self._launches: dict[tuple[int, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
+
+    @functools.cached_property
+    def _items(self) -> tuple[torch.Tensor, int]:
+        return items_of(self.weight)
+
+    @functools.cached_property
+    def most_rows(self) -> int:
+        """The rows of x that fit into a thread block's shared memory beside two items of each warp; at most 8."""
+        return min(LARGEST_BATCH, (self._free_bytes - 2 * self._slot_bytes) // self._x_bytes)
+
+    @property
+    def _x_bytes(self) -> int:
+        return 2 * self.weight.padded_columns + 16
+
+    @property
+    def _slot_bytes(self) -> int:
+        return _WARPS * self._items[1]
+
+    @property
+    def _u_bytes(self) -> int:
+        return 512 * self.adapters.n_tiles if self.adapters else 0
+
+    @property
+    def _free_bytes(self) -> int:
+        """What is left for items and x."""
+        fixed = fixed_shared_bytes(self.weight.encoding) + _BARRIER_BYTES + _SUMS_BYTES + self._u_bytes
+        return int(self._properties.shared_memory_per_block_optin) - fixed
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
+        key = stream_of(x), x.shape[0]
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = self._launch(*key)
+        arguments, launch, _ = found
+        arguments.x, arguments.y = x.data_ptr(), out.data_ptr()
+        arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
+        launch(key[0])
+        return out
+
+    def _launch(self, stream: int, batch: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
+        weight, adapters = self.weight, self.adapters
+        items, item_bytes = self._items
+        n_items = items.shape[0] * items.shape[1]
+        n_blocks = min(self._properties.multi_processor_count, n_items)
+        n_tiles = adapters.n_tiles if adapters else 0
+        room = min(self._free_bytes - batch * self._x_bytes, max(2 * self._slot_bytes, _RING_BYTES))
+        depth = min(room // self._slot_bytes, _MOST_DEPTH)
+        partial = workspace(self.device, stream, "row pairs", n_blocks * _PAIR * 128)
+        u_partial = torch.full((max(4, 2 * _PARTS_OF_A * n_tiles * 128),), EMPTY, dtype=torch.int32, device=self.device)
+        counters = torch.zeros(n_blocks, dtype=torch.int32, device=self.device)
+        arguments = _Arguments(
+            slabs=weight.slabs.data_ptr(), items=items.data_ptr(),
+            lora_a=adapters.lora_A.data_ptr() if adapters else None,
+            lora_b=adapters.lora_B.data_ptr() if adapters else None,
+            scaling=adapters.scaling.data_ptr() if adapters else None,
+            first_step=adapters.first_tile.data_ptr() if adapters else None,
+            bias=None if self.bias is None else self.bias.data_ptr(), partial=partial.data_ptr(),
+            u_partial=u_partial.data_ptr(), counters=counters.data_ptr(), n_rows=weight.n_rows,
+            n_columns=weight.padded_columns, batch=batch, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
+            block_steps=adapters.block_tiles if adapters else 0, a_parts=_PARTS_OF_A, item_bytes=item_bytes,
+            depth=depth, x_shift=_chunk_shift(weight.n_slabs), **shares(n_items, n_blocks),
+        )  # fmt: skip
+        options = definitions(weight.encoding, weight.dtype, WARPS=_WARPS)
+        handle = function("skinny_linear.cu", "skinny_linear", options, self.device.index)
+        shared_bytes = depth * self._slot_bytes + batch * self._x_bytes + _SUMS_BYTES + self._u_bytes
+        launch = Launch(handle, (n_blocks, 1, 1), (_WARPS + _FINISHERS) * 32, shared_bytes, [arguments])
+        return arguments, launch, (partial, u_partial, counters)
+
+
+def _chunk_shift(n_slabs: int) -> int:
+    """Return log2 of the slabs in a chunk of x, so that there are few chunks."""
+    return max(_LEAST_CHUNK_SHIFT, (-(-n_slabs // _MOST_CHUNKS) - 1).bit_length())
