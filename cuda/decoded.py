@@ -15,8 +15,8 @@ import torch
 
 from .compilation import function
 from .device_layout import BLOCK_ROWS, HEADER_BYTES, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, stream_of
-from .low_rank import RANKS_OF_TILE, Fragments
+from .launching import Launch, address, fields, stream_of
+from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
 #: decoded_linear.cu: THREADS, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
 _THREADS, _STEPS_BYTES = 384, 2 * 8 * 512
@@ -75,16 +75,10 @@ def clusters_of(device: torch.device) -> int:
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("slabs", "halves", "lora_b", "first_step", "x", "u", "bias", "y", "partial")
-    ) + tuple(
-        (name, ctypes.c_int)
-        for name in (
-            "n_rows", "batch", "slabs_per_block", "block_steps", "u_steps", "n_row_blocks", "n_m_tiles", "n_whole",
-            "x_at", "stage_bytes", "stages",
-        )
-    )  # fmt: skip
+    _fields_ = fields(
+        "slabs halves lora_b first_step x u bias y partial",
+        "n_rows batch slabs_per_block block_steps u_steps n_row_blocks n_m_tiles n_whole x_at stage_bytes stages",
+    )
 
 
 class DecodedProduct:
@@ -147,11 +141,10 @@ class DecodedProduct:
         stages = min(_MOST_STAGES, self._shared_bytes // stage_bytes)
         if stages < _FEWEST_STAGES:
             raise ValueError(f"{_FEWEST_STAGES} stages of {stage_bytes} bytes, {self._shared_bytes} of shared memory")
+        of_adapters = addresses(adapters)
         arguments = _Arguments(
-            slabs=weight.slabs.data_ptr(), halves=self._halves.data_ptr(),
-            lora_b=adapters.lora_B.data_ptr() if adapters else None,
-            first_step=adapters.first_tile.data_ptr() if adapters else None,
-            bias=None if self._bias is None else self._bias.data_ptr(),
+            slabs=address(weight.slabs), halves=address(self._halves), lora_b=of_adapters["lora_b"],
+            first_step=of_adapters["first_step"], bias=address(self._bias),
             n_rows=weight.n_rows, slabs_per_block=weight.n_slabs, block_steps=adapters.block_tiles if adapters else 0,
             u_steps=adapters.n_tiles if adapters else 0, n_row_blocks=weight.n_row_blocks, x_at=self._x_at,
             stage_bytes=stage_bytes, stages=stages,
@@ -177,10 +170,7 @@ def halves(weight: SlabWeight) -> torch.Tensor:
 
 
 class _InputArguments(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "lora_a", "scaling", "x_out", "u_out")),
-        *((name, ctypes.c_int) for name in ("batch", "tile_rows", "n_slabs", "rank_tiles")),
-    )
+    _fields_ = fields("x lora_a scaling x_out u_out", "batch tile_rows n_slabs rank_tiles")
 
 
 class _TilesOfInput:
@@ -188,9 +178,9 @@ class _TilesOfInput:
 
     def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
         self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
+        of_adapters = addresses(adapters)
         self._arguments = _InputArguments(
-            lora_a=adapters.lora_A.data_ptr() if adapters else None,
-            scaling=adapters.scaling.data_ptr() if adapters else None,
+            lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"],
             n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
         )  # fmt: skip
         half = int(weight.dtype == torch.float16)

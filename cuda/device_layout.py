@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from .compilation import ENCODINGS, function
-from .launching import Launch, stream_of
+from .launching import Launch, address, fields, stream_of
 
 BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
 COLUMN_MULTIPLE = 128
@@ -118,11 +118,7 @@ def slab_encoding(weight: Weight) -> str:
 
 
 class _Source(ctypes.Structure):
-    _fields_ = (
-        ("bitmap", ctypes.c_void_p), ("values", ctypes.c_void_p), ("row_offsets", ctypes.c_void_p),
-        ("before", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("n_rows", ctypes.c_int), ("n_columns", ctypes.c_int),
-        ("n_slabs", ctypes.c_int), ("n_groups", ctypes.c_int), ("slabs_per_group", ctypes.c_int),
-    )  # fmt: skip
+    _fields_ = fields("bitmap values row_offsets before scales", "n_rows n_columns n_slabs n_groups slabs_per_group")
 
 
 @torch.no_grad()
@@ -137,7 +133,7 @@ def lay_out(weight: Weight, dtype: torch.dtype) -> SlabWeight:
     scales = None if weight.scales is None else weight.scales.to(torch.float16).contiguous()
     group = min(weight.group_size or 0, n_slabs * SLAB_COLUMNS)
     source = _Source(
-        _pointer(weight.bitmap), _pointer(values), _pointer(weight.row_offsets), _pointer(before), _pointer(scales),
+        address(weight.bitmap), address(values), address(weight.row_offsets), address(before), address(scales),
         weight.n_rows, weight.n_columns, n_slabs, 0 if scales is None else scales.shape[1],
         -(-group // SLAB_COLUMNS),
     )  # fmt: skip
@@ -156,7 +152,7 @@ def _kept_before(weight: Weight, n_blocks: int, n_slabs: int) -> tuple[torch.Ten
     counts = torch.empty(n_rows, n_slabs, dtype=torch.int32, device=weight.values.device)
     sizes = (weight.n_rows, weight.n_columns, n_rows, n_slabs)
     arguments = [
-        ctypes.c_void_p(_pointer(weight.bitmap)),
+        ctypes.c_void_p(address(weight.bitmap)),
         ctypes.c_void_p(counts.data_ptr()),
         *map(ctypes.c_int, sizes),
     ]
@@ -196,10 +192,6 @@ def definitions(encoding: str, dtype: torch.dtype, **more: int) -> tuple[tuple[s
     """Return the kernels' definitions for a layout."""
     fixed = {"ENCODING": ENCODINGS[encoding], "HALF": int(dtype == torch.float16)}
     return tuple({**fixed, **more}.items())
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _launch(

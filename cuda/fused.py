@@ -14,8 +14,8 @@ import torch
 
 from .compilation import ASYNC_CAPABILITY, Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, stream_of
-from .low_rank import Fragments
+from .launching import Launch, address, fields, stream_of
+from .low_rank import Fragments, addresses
 from .schedule import Work, schedule, sharers
 from .sums import EMPTY, workspace
 
@@ -79,19 +79,11 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            "slabs", "slab_offsets", "lora_a", "lora_b", "scaling", "schedule", "sharers", "first_step", "bias", "x",
-            "y", "partial", "u_partial", "counters",
-        )
-    ) + tuple(
-        (name, ctypes.c_int)
-        for name in (
-            "n_rows", "n_columns", "batch", "wide", "slabs_per_block", "rank_tiles", "block_steps", "a_splits",
-            "weight_bytes", "stage_bytes", "stages", "x_rows", "y_pitch",
-        )
-    )  # fmt: skip
+    _fields_ = fields(
+        "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x y partial u_partial counters",
+        "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_splits weight_bytes stage_bytes stages "
+        "x_rows y_pitch",
+    )
 
 
 @dataclass(frozen=True)
@@ -170,13 +162,10 @@ class FusedProduct:
         counters = torch.zeros(plan.n_blocks, dtype=torch.int32, device=self.device)
         weight, adapters = self.weight, self.adapters
         arguments = _Arguments(
-            slabs=weight.slabs.data_ptr(), slab_offsets=weight.offsets.data_ptr(),
-            lora_a=adapters.lora_A.data_ptr() if adapters else None,
-            lora_b=adapters.lora_B.data_ptr() if adapters else None,
-            scaling=adapters.scaling.data_ptr() if adapters else None,
-            schedule=plan.schedule.data_ptr(), sharers=plan.sharers.data_ptr(), first_step=self._first_step.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            partial=partial.data_ptr(), u_partial=u_partial.data_ptr(), counters=counters.data_ptr(),
+            **(addresses(adapters) | {"first_step": address(self._first_step)}),
+            slabs=address(weight.slabs), slab_offsets=address(weight.offsets), schedule=address(plan.schedule),
+            sharers=address(plan.sharers), bias=address(self.bias), partial=address(partial),
+            u_partial=address(u_partial), counters=address(counters),
             n_rows=weight.n_rows, n_columns=weight.padded_columns, slabs_per_block=weight.n_slabs,
             rank_tiles=adapters.n_tiles if adapters else 0,
             block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,

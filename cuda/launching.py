@@ -95,6 +95,17 @@ class Launch:
         _require(status, "cuLaunchKernelEx")
 
 
+def fields(pointers: str, numbers: str, floats: str = "") -> list[tuple[str, Any]]:
+    """Return the ctypes fields of a kernel's arguments, named in its order: pointers, then integers, then floats."""
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int), (floats, ctypes.c_float))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor lies, None where there is none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def stream_of(tensor: torch.Tensor) -> int:
     """Return the handle of torch's current stream on a tensor's device, in a tenth of a microsecond."""
     return int(torch._C._cuda_getCurrentRawStream(tensor.device.index))

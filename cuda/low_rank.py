@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
+from .launching import address
 
 RANKS_OF_TILE = 16
 #: the rank that the fused kernel takes: 16 tiles
@@ -53,6 +54,12 @@ def fragments(adapters: LowRank, dtype: torch.dtype) -> Fragments:
     scaling = torch.nn.functional.pad(adapters.scaling.float(), (0, missing)).contiguous()
     first_tile = torch.zeros(n_blocks, dtype=torch.int32, device=b.device)
     return Fragments(n_tiles, n_tiles, _a_order(a, n_tiles), _b_order(b, n_blocks, n_tiles), scaling, first_tile)
+
+
+def addresses(adapters: Fragments | None) -> dict[str, int | None]:
+    """Return where adapters lie by the names of kernels' arguments; None each where there are none."""
+    names = {"lora_a": "lora_A", "lora_b": "lora_B", "scaling": "scaling", "first_step": "first_tile"}
+    return {name: address(getattr(adapters, field) if adapters else None) for name, field in names.items()}
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .launching import Launch, aligned, stream_of
+from .launching import Launch, address, aligned, fields, stream_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
@@ -63,12 +63,11 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 class _Rotary(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("qkv", "cosines", "sines", "q_weight", "k_weight", "slots", "starts", "q", "k", "v")
-    ) + tuple(
-        (name, ctypes.c_int) for name in ("n_heads", "n_kv_heads", "rows_per_sequence", "capacity", "n_positions")
-    ) + (("epsilon", ctypes.c_float),)  # fmt: skip
+    _fields_ = fields(
+        "qkv cosines sines q_weight k_weight slots starts q k v",
+        "n_heads n_kv_heads rows_per_sequence capacity n_positions",
+        "epsilon",
+    )
 
 
 def rotary(
@@ -96,7 +95,7 @@ def rotary(
     n_heads = qkv.shape[1] // columns - 2 * n_kv_heads
     q = qkv.new_empty(qkv.shape[0], n_heads, columns)
     q_weight, k_weight, epsilon = norms or (None, None, 0.0)
-    pointers = (_address(t) for t in (qkv, cosines, sines, q_weight, k_weight, slots, starts, q, k, v))
+    pointers = (address(t) for t in (qkv, cosines, sines, q_weight, k_weight, slots, starts, q, k, v))
     arguments = _Rotary(*pointers, n_heads, n_kv_heads, qkv.shape[0] // sequences, capacity, cosines.shape[0], epsilon)
     grid = (qkv.shape[0], -(-(n_heads + 2 * n_kv_heads) // 4), 1)
     _launch("rotary", qkv, {"HEAD_COLUMNS": columns}, grid, 128, [arguments])
@@ -104,11 +103,7 @@ def rotary(
 
 
 class _Attend(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("q", "k", "v", "slots", "starts", "y", "partial", "sums", "counters")
-    ) + (
-        ("n_kv_heads", ctypes.c_int), ("capacity", ctypes.c_int), ("window", ctypes.c_int), ("scale", ctypes.c_float),
-    )  # fmt: skip
+    _fields_ = fields("q k v slots starts y partial sums counters", "n_kv_heads capacity window", "scale")
 
 
 def attend(
@@ -137,7 +132,7 @@ def attend(
     stream = stream_of(q)
     partial, sums, counters = _workspace(q.device, stream, sequences * n_kv_heads, splits, group * columns, group)
     y = q.new_empty(sequences, q.shape[1] * columns)
-    pointers = (_address(t) for t in (q, k, v, slots, starts, y, partial, sums, counters))
+    pointers = (address(t) for t in (q, k, v, slots, starts, y, partial, sums, counters))
     factor = (1 / math.sqrt(columns) if scale is None else scale) * math.log2(math.e)
     arguments = _Attend(*pointers, n_kv_heads, capacity, window or 0, factor)
     chosen = {"HEAD_COLUMNS": columns, "GROUP": group, "WARPS": warps}
@@ -163,12 +158,8 @@ def _workspace(
     return partial, sums, torch.zeros(n_heads, dtype=torch.int32, device=device)
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_address(tensor))
+    return ctypes.c_void_p(address(tensor))
 
 
 def _launch(

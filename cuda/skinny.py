@@ -14,8 +14,8 @@ import torch
 
 from .compilation import function
 from .device_layout import HEADER_BYTES, UNITS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, stream_of
-from .low_rank import Fragments
+from .launching import Launch, address, fields, stream_of
+from .low_rank import Fragments, addresses
 from .sums import EMPTY, workspace
 
 LARGEST_BATCH = 8
@@ -61,19 +61,11 @@ def shares(n_items: int, n_blocks: int) -> dict[str, int]:
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            "slabs", "items", "lora_a", "lora_b", "scaling", "first_step", "bias", "x", "y", "partial", "u_partial",
-            "counters",
-        )
-    ) + tuple(
-        (name, ctypes.c_int)
-        for name in (
-            "n_rows", "n_columns", "batch", "wide", "n_slabs", "rank_tiles", "block_steps", "a_parts", "item_bytes",
-            "depth", "y_pitch", "x_shift", "share", "more", "late", "fewer",
-        )
-    )  # fmt: skip
+    _fields_ = fields(
+        "slabs items lora_a lora_b scaling first_step bias x y partial u_partial counters",
+        "n_rows n_columns batch wide n_slabs rank_tiles block_steps a_parts item_bytes depth y_pitch x_shift "
+        "share more late fewer",
+    )
 
 
 class SkinnyProduct:
@@ -142,16 +134,11 @@ class SkinnyProduct:
         u_partial = torch.full((max(4, 2 * _PARTS_OF_A * n_tiles * 128),), EMPTY, dtype=torch.int32, device=self.device)
         counters = torch.zeros(n_blocks, dtype=torch.int32, device=self.device)
         arguments = _Arguments(
-            slabs=weight.slabs.data_ptr(), items=items.data_ptr(),
-            lora_a=adapters.lora_A.data_ptr() if adapters else None,
-            lora_b=adapters.lora_B.data_ptr() if adapters else None,
-            scaling=adapters.scaling.data_ptr() if adapters else None,
-            first_step=adapters.first_tile.data_ptr() if adapters else None,
-            bias=None if self.bias is None else self.bias.data_ptr(), partial=partial.data_ptr(),
-            u_partial=u_partial.data_ptr(), counters=counters.data_ptr(), n_rows=weight.n_rows,
+            slabs=address(weight.slabs), items=address(items), bias=address(self.bias), partial=address(partial),
+            u_partial=address(u_partial), counters=address(counters), n_rows=weight.n_rows,
             n_columns=weight.padded_columns, batch=batch, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
             block_steps=adapters.block_tiles if adapters else 0, a_parts=_PARTS_OF_A, item_bytes=item_bytes,
-            depth=depth, x_shift=_chunk_shift(weight.n_slabs), **shares(n_items, n_blocks),
+            depth=depth, x_shift=_chunk_shift(weight.n_slabs), **addresses(adapters), **shares(n_items, n_blocks),
         )  # fmt: skip
         options = definitions(weight.encoding, weight.dtype, WARPS=_WARPS)
         handle = function("skinny_linear.cu", "skinny_linear", options, self.device.index)

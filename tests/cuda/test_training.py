@@ -22,11 +22,6 @@ PASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def random(*shape, scale=1.0):
     return torch.randn(*shape, device=DEVICE) * scale
 

@@ -1,0 +1,111 @@
+"""Weights decoded into registers for many rows of x: every layout and cut, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cuda.matrices import SHAPES, adapters, error, exact, weight
+
+pytestmark = pytest.mark.gpu
+
+
+def decoded(packed, low_rank, bias, dtype=torch.bfloat16):
+    from salr.cuda.compilation import ASYNC_CAPABILITY
+    from salr.cuda.decoded import DecodedProduct
+    from salr.cuda.device_layout import lay_out
+    from salr.cuda.low_rank import fragments
+
+    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
+        pytest.skip("asynchronous products need compute capability 9.0")
+    order = low_rank and fragments(low_rank, dtype)
+    return DecodedProduct(lay_out(packed, dtype), order, bias)
+
+
+def cuts(product, batch):
+    """Return all ways to cut a product: both tiles, whole and split."""
+    from salr.cuda.decoded import TILES_OF_ROWS, Shape
+
+    for nt in TILES_OF_ROWS:
+        n_tiles = -(-batch // (8 * nt)) * product.weight.n_row_blocks
+        yield from {Shape(nt, n_tiles, n_tiles), Shape(nt, n_tiles, n_tiles // product.clusters * product.clusters)}
+
+
+def check_decoded(packed, rank, batch, dtype=torch.bfloat16):
+    low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
+    bias = torch.randn(packed.n_rows, device="cuda")
+    x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
+    product = decoded(packed, low_rank, bias, dtype)
+    expected, rows = exact(x, packed, low_rank, bias, dtype), product.weight.padded(x)
+    for cut in cuts(product, batch):
+        assert error(product(rows, cut), expected) < 5e-3, cut
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 65, 128, 300, 1100])
+def test_decoded_weights_of_any_size_are_multiplied_however_they_are_cut(shape, batch):
+    check_decoded(weight(*shape), 24, batch)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoded_weights_of_every_encoding_and_sparsity_are_multiplied(sparsity, encoding, dtype):
+    check_decoded(weight(1000, 712, sparsity, encoding), 16, 200, dtype)
+
+
+@pytest.mark.parametrize("rank", [0, 7, 16, 64, 80, 256])
+def test_decoded_weights_and_any_rank_are_multiplied(rank):
+    check_decoded(weight(2048, 1024), rank, 150)
+
+
+def test_decoded_rows_with_nothing_or_everything_kept():
+    kept = torch.rand(700, 1024, device="cuda") > 0.5
+    kept[5], kept[6], kept[16:32], kept[300:600, :512] = False, True, False, True
+    check_decoded(weight(700, 1024, kept=kept), 16, 150)
+
+
+@pytest.mark.parametrize("batch", [128, 300])
+def test_decoded_weights_give_the_same_bits_a_hundred_times(batch):
+    product = decoded(weight(4096, 4096), adapters(4096, 4096, 64), None)
+    x = torch.randn(batch, 4096, device="cuda").bfloat16()
+    for cut in cuts(product, batch):
+        first = product(x, cut)
+        assert all(torch.equal(product(x, cut), first) for _ in range(100))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_stays_in_its_row_of_many(value):
+    product = decoded(weight(2048, 1024), adapters(2048, 1024, 64), None)
+    x = torch.randn(200, 1024, device="cuda").bfloat16()
+    expected = product(x)
+    x[150, 100] = value
+    y = product(x)
+    assert not y[150].isfinite().any()
+    others = torch.arange(200, device="cuda") != 150
+    assert torch.equal(y[others], expected[others])
+
+
+def test_products_of_many_rows_are_captured():
+    product = decoded(weight(2048, 2048), adapters(2048, 2048, 16), None)
+    x = torch.randn(200, 2048, device="cuda").bfloat16()
+    expected, stream, graph = product(product(x)), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        y = product(product(x))
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("nt", [16, 32])
+def test_the_decoding_kernel_has_the_registers_that_its_warpgroups_share_out(encoding, nt):
+    from salr.cuda.compilation import module
+    from salr.cuda.device_layout import definitions
+
+    product = decoded(weight(256, 128, encoding=encoding), None, None)
+    found = module("decoded_linear.cu", definitions(product.weight.encoding, torch.bfloat16, NT=nt), 0)
+    assert found.get_function("decoded_linear").num_regs == 168
