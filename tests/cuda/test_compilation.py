@@ -45,8 +45,8 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
         assert compilation.cubin("decoded_linear.cu", chosen, "sm_90a").startswith(ELF)
 
 
-@pytest.mark.parametrize("encoding", compilation.ENCODINGS)
-def test_the_skinny_kernel_compiles_for_each_encoding(encoding):
+@pytest.mark.parametrize("encoding", ["dense8", "dense4"])
+def test_the_skinny_kernel_compiles_for_quantized_weights(encoding):
     from salr.cuda.device_layout import definitions
 
     assert compilation.cubin("skinny_linear.cu", definitions(encoding, torch.float16), "sm_90a").startswith(ELF)
