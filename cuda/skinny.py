@@ -1,4 +1,4 @@
-"""The product for at most 8 rows of x: one launch, in which each thread block has all of x and whole rows of W.
+"""The product for at most 16 rows of x: one launch, in which each thread block has all of x and whole rows of W.
 
 Invariant: the same input gives the same bits, whatever else runs; one prepared product must not run on two streams at
 the same time for the same slot, so each stream has its own counters and workspace.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,10 @@ from .launching import Launch, address, fields, stream_of
 from .low_rank import Fragments, addresses
 from .sums import EMPTY, workspace
 
-LARGEST_BATCH = 8
 #: the first with copies of whole blocks of memory
 LEAST_CAPABILITY = (9, 0)
-_PAIR, _PAIR_ROWS, _WARPS, _FINISHERS, _TEAMS = 2, 32, 16, 4, 2  # as in skinny.cuh
+_PAIR, _PAIR_ROWS, _FINISHERS, _SUMS_OF_PAIRS = 2, 32, 4, 4  # as in skinny.cuh: TEAMS * TILES
 _MOST_DEPTH, _MOST_CHUNKS, _LEAST_CHUNK_SHIFT = 8, 16, 3
-_SUMS_BYTES = (_TEAMS * _WARPS * _PAIR + _FINISHERS) * 512
 _BARRIER_BYTES = 1 << 10
 _RING_BYTES = 80 << 10  # more is not faster
 _PARTS_OF_A = 8
@@ -68,8 +67,24 @@ class _Arguments(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS warps that multiply."""
+
+    NT: int
+    WARPS: int
+
+    @property
+    def sums_bytes(self) -> int:
+        """Shared memory of a thread block's sums of row pairs, and of its parts of u."""
+        return (self.WARPS * _SUMS_OF_PAIRS + _FINISHERS * self.NT) * 512
+
+
+TILES = (Tile(1, 16), Tile(2, 12))
+
+
 class SkinnyProduct:
-    """y = x W^T + adapters + bias for x (M <= 8, K padded), one launch.
+    """y = x W^T + adapters + bias for x (M <= most_rows, K padded), one launch.
 
     Args:
         weight: the slabs.
@@ -89,26 +104,27 @@ class SkinnyProduct:
 
     @functools.cached_property
     def most_rows(self) -> int:
-        """The rows of x that fit into a thread block's shared memory beside two items of each warp; at most 8."""
-        return min(LARGEST_BATCH, (self._free_bytes - 2 * self._slot_bytes) // self._x_bytes)
+        """The rows of x that fit into a thread block's shared memory beside two items of each warp; at most 16."""
+        return max(self._most_rows(tile) for tile in TILES)
+
+    def _most_rows(self, tile: Tile) -> int:
+        return min(8 * tile.NT, (self._free_bytes(tile) - 2 * self._slot_bytes(tile)) // self._x_bytes)
 
     @property
     def _x_bytes(self) -> int:
         return 2 * self.weight.padded_columns + 16
 
-    @property
-    def _slot_bytes(self) -> int:
-        return _WARPS * self._items[1]
+    def _slot_bytes(self, tile: Tile) -> int:
+        return tile.WARPS * self._items[1]
 
-    @property
-    def _u_bytes(self) -> int:
-        return 512 * self.adapters.n_tiles if self.adapters else 0
+    def _fixed_bytes(self, tile: Tile) -> int:
+        """Return what sums and u take."""
+        return tile.sums_bytes + 512 * tile.NT * (self.adapters.n_tiles if self.adapters else 0)
 
-    @property
-    def _free_bytes(self) -> int:
-        """What is left for items and x."""
-        fixed = fixed_shared_bytes(self.weight.encoding) + _BARRIER_BYTES + _SUMS_BYTES + self._u_bytes
-        return int(self._properties.shared_memory_per_block_optin) - fixed
+    def _free_bytes(self, tile: Tile) -> int:
+        """Return what is left for items and x."""
+        taken = fixed_shared_bytes(self.weight.encoding) + _BARRIER_BYTES + self._fixed_bytes(tile)
+        return int(self._properties.shared_memory_per_block_optin) - taken
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
@@ -124,14 +140,17 @@ class SkinnyProduct:
 
     def _launch(self, stream: int, batch: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
         weight, adapters = self.weight, self.adapters
+        tile = next(tile for tile in TILES if batch <= self._most_rows(tile))
         items, item_bytes = self._items
         n_items = items.shape[0] * items.shape[1]
         n_blocks = min(self._properties.multi_processor_count, n_items)
         n_tiles = adapters.n_tiles if adapters else 0
-        room = min(self._free_bytes - batch * self._x_bytes, max(2 * self._slot_bytes, _RING_BYTES))
-        depth = min(room // self._slot_bytes, _MOST_DEPTH)
-        partial = workspace(self.device, stream, "row pairs", n_blocks * _PAIR * 128)
-        u_partial = torch.full((max(4, 2 * _PARTS_OF_A * n_tiles * 128),), EMPTY, dtype=torch.int32, device=self.device)
+        slot_bytes = self._slot_bytes(tile)
+        room = min(self._free_bytes(tile) - batch * self._x_bytes, max(2 * slot_bytes, _RING_BYTES))
+        depth = min(room // slot_bytes, _MOST_DEPTH)
+        partial = workspace(self.device, stream, "row pairs", n_blocks * _PAIR * tile.NT * 128)
+        n_parts = max(4, 2 * _PARTS_OF_A * n_tiles * tile.NT * 128)
+        u_partial = torch.full((n_parts,), EMPTY, dtype=torch.int32, device=self.device)
         counters = torch.zeros(n_blocks, dtype=torch.int32, device=self.device)
         arguments = _Arguments(
             slabs=address(weight.slabs), items=address(items), bias=address(self.bias), partial=address(partial),
@@ -140,10 +159,10 @@ class SkinnyProduct:
             block_steps=adapters.block_tiles if adapters else 0, a_parts=_PARTS_OF_A, item_bytes=item_bytes,
             depth=depth, x_shift=_chunk_shift(weight.n_slabs), **addresses(adapters), **shares(n_items, n_blocks),
         )  # fmt: skip
-        options = definitions(weight.encoding, weight.dtype, WARPS=_WARPS)
+        options = definitions(weight.encoding, weight.dtype, **asdict(tile))
         handle = function("skinny_linear.cu", "skinny_linear", options, self.device.index)
-        shared_bytes = depth * self._slot_bytes + batch * self._x_bytes + _SUMS_BYTES + self._u_bytes
-        launch = Launch(handle, (n_blocks, 1, 1), (_WARPS + _FINISHERS) * 32, shared_bytes, [arguments])
+        shared_bytes = depth * slot_bytes + batch * self._x_bytes + self._fixed_bytes(tile)
+        launch = Launch(handle, (n_blocks, 1, 1), (tile.WARPS + _FINISHERS) * 32, shared_bytes, [arguments])
         return arguments, launch, (partial, u_partial, counters)
 
 

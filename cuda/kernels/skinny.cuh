@@ -2,12 +2,15 @@
 #pragma once
 #include "slabs.cuh"
 
+#ifndef NT
+#define NT 1  // tiles of 8 rows of x
+#endif
 #ifndef WARPS
 #define WARPS 16
 #endif
-constexpr int FINISHERS = 4, TEAMS = 2, THREADS = (WARPS + FINISHERS) * 32;
+constexpr int FINISHERS = 4, TEAMS = 2 / NT, THREADS = (WARPS + FINISHERS) * 32;
 constexpr int PAIR = 2, PAIR_ROWS = PAIR * UNIT_ROWS, PAIRS_OF_BLOCK = BLOCK_ROWS / PAIR_ROWS;
-constexpr int SUMS_BYTES = PAIR * 512;  // of a warp
+constexpr int TILES = PAIR * NT, SUMS_BYTES = TILES * 512;  // sums of a row pair: tiles by unit, then by rows of x; of a warp
 constexpr int A_TILE_BYTES = 4 * STEP_BYTES;
 constexpr int MAX_DEPTH = 8, MAX_CHUNKS = 16;
 
@@ -21,8 +24,8 @@ struct Arguments {
   const float* bias;     // [N] or null
   const u8* x;           // [M, K] 16-bit
   void* y;               // [M, N] 16-bit, or float32 where `wide`
-  float4* partial;       // [grid][2 units][32 lanes], empty between launches
-  float4* u_partial;     // [2][a_parts][rank_tiles][32 lanes], in turns; empty at first
+  float4* partial;       // [grid][2 units][NT][32 lanes], empty between launches
+  float4* u_partial;     // [2][a_parts][rank_tiles][NT][32 lanes], in turns; empty at first
   u32* counters;         // [grid] launches
   int n_rows, n_columns, batch, wide, n_slabs, rank_tiles, block_steps, a_parts;
   int item_bytes, depth, y_pitch;  // room for an item; items of a warp in shared memory; elements between rows of y
@@ -57,7 +60,7 @@ struct Shared {
   DEVICE u32 x(const Arguments& p) const { return memory + p.depth * WARPS * p.item_bytes; }
   DEVICE u32 sums(const Arguments& p, int team) const { return x(p) + p.batch * x_pitch(p) + team * WARPS * SUMS_BYTES; }
   DEVICE u32 parts(const Arguments& p) const { return sums(p, TEAMS); }  // of a tile of u, a finisher's each
-  DEVICE u32 u(const Arguments& p) const { return parts(p) + FINISHERS * 512; }
+  DEVICE u32 u(const Arguments& p) const { return parts(p) + FINISHERS * NT * 512; }
 };
 
 // Sums in shared memory, `n` of them `stride` bytes apart, in order.
@@ -71,5 +74,11 @@ DEVICE float4 sum_of(u32 from, int stride, int n) {
   return sum;
 }
 
-// Whether a lane's sums are of rows of x that exist.
-DEVICE bool has_sums(const Arguments& p, int lane) { return 2 * (lane & 3) < p.batch; }
+// Whether a lane's sums are needed: where there is one tile, those of rows of x that exist.
+DEVICE bool has_sums(const Arguments& p, int lane) { return NT > 1 || 2 * (lane & 3) < p.batch; }
+
+// This lane's columns of x for tile n and two steps: `x` is its place in row lane/4.
+DEVICE uint4 x_fragment(const Arguments& p, u32 x, int n, int lane) {
+  const bool has_row = 8 * n + (lane >> 2) < p.batch;
+  return has_row ? lds128_now(x + n * 8 * Shared::x_pitch(p)) : make_uint4(0, 0, 0, 0);
+}

@@ -1,4 +1,4 @@
-// y (M, N) = x (M, K) W^T + ((x A^T) * scaling) B^T + bias for M <= 8, in one launch.
+// y (M, N) = x (M, K) W^T + ((x A^T) * scaling) B^T + bias for M <= 8*NT, in one launch.
 //
 // An item is two units of a slab, one below the other: 32 rows x 64 columns. Items go row pair after row pair, in each
 // along K; a thread block takes a run of them, and its consumer warps every WARPS-th each. A warp copies its own items to
@@ -45,32 +45,40 @@ struct Feed {
   }
 };
 
+typedef float Sums[PAIR][NT][4];
+
 // Two units that begin at `first` and `second` times 64 columns of x; `x` is this lane's part of the columns.
 template <class Wait>
-DEVICE void multiply(u32 first, u32 second, u32 x, float (&total)[PAIR][4], int lane, u32 table, Wait wait_for_x) {
+DEVICE void multiply(const Arguments& p, u32 first, u32 second, u32 x, Sums& total, int lane, u32 table, Wait wait_for_x) {
   Unit unit[PAIR];
   unit[0].open(first, lane), unit[1].open(second, lane);
-  float scaled[PAIR][4] = {};
+  Sums scaled = {};
 #pragma unroll
   for (int pair = 0; pair < 2; pair++) {
     u32 a[PAIR][2][4];
 #pragma unroll
     for (int r = 0; r < PAIR; r++) unit[r].fragments(pair, lane, a[r], table);
     if (pair == 0) wait_for_x();
-    const uint4 b = x ? lds128_now(x + pair * 16) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int r = 0; r < PAIR; r++) {
-      float* sum = HAS_SCALES ? scaled[r] : total[r];
-      mma(sum, a[r][0], b.x, b.y);
-      mma(sum, a[r][1], b.z, b.w);
+    for (int n = 0; n < NT; n++) {
+      const uint4 b = x_fragment(p, x + pair * 16, n, lane);
+#pragma unroll
+      for (int r = 0; r < PAIR; r++) {
+        float* sum = HAS_SCALES ? scaled[r][n] : total[r][n];
+        mma(sum, a[r][0], b.x, b.y);
+        mma(sum, a[r][1], b.z, b.w);
+      }
     }
   }
   if (HAS_SCALES) {
 #pragma unroll
     for (int r = 0; r < PAIR; r++) {
       const float upper = unit[r].scale(lane >> 2), lower = unit[r].scale((lane >> 2) + 8);
-      total[r][0] += upper * scaled[r][0], total[r][1] += upper * scaled[r][1];
-      total[r][2] += lower * scaled[r][2], total[r][3] += lower * scaled[r][3];
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        total[r][n][0] += upper * scaled[r][n][0], total[r][n][1] += upper * scaled[r][n][1];
+        total[r][n][2] += lower * scaled[r][n][2], total[r][n][3] += lower * scaled[r][n][3];
+      }
     }
   }
 }
@@ -83,21 +91,21 @@ DEVICE void publish_head(const Arguments& p, const Shared& shared, int lane) {
   if (__shfl_sync(~0u, before, 0) != WARPS - 1) return;
   __threadfence_block();
 #pragma unroll
-  for (int unit = 0; unit < PAIR; unit++) {
-    const float4 v = sum_of(shared.sums(p, 0) + unit * 512 + lane * 16, SUMS_BYTES, WARPS);
-    if (has_sums(p, lane)) store_sum(p.partial + (blockIdx.x * PAIR + unit) * 32 + lane, v);
+  for (int tile = 0; tile < TILES; tile++) {
+    const float4 v = sum_of(shared.sums(p, 0) + tile * 512 + lane * 16, SUMS_BYTES, WARPS);
+    if (has_sums(p, lane)) store_sum(p.partial + (blockIdx.x * TILES + tile) * 32 + lane, v);
   }
 }
 
 // Leave this warp's sums of a row pair to the finishers.
-DEVICE void deposit(const Arguments& p, const Run& run, const Shared& shared, float (&sum)[PAIR][4], int piece, int warp,
-                    int lane) {
+DEVICE void deposit(const Arguments& p, const Run& run, const Shared& shared, Sums& sum, int piece, int warp, int lane) {
   const int team = piece % TEAMS, turn = piece / TEAMS;
   if (turn) barrier_wait(shared.sums_empty + 8 * team, (turn - 1) & 1);
 #pragma unroll
-  for (int r = 0; r < PAIR; r++) {
-    sts128(shared.sums(p, team) + (warp * PAIR + r) * 512 + lane * 16, as_bits(as_float4(sum[r])));
-    sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = 0.f;
+  for (int tile = 0; tile < TILES; tile++) {
+    float(&own)[4] = sum[tile / NT][tile % NT];
+    sts128(shared.sums(p, team) + warp * SUMS_BYTES + tile * 512 + lane * 16, as_bits(as_float4(own)));
+    own[0] = own[1] = own[2] = own[3] = 0.f;
   }
   __syncwarp();
   if (piece == 0 && run.has_head(p)) publish_head(p, shared, lane);
@@ -121,10 +129,9 @@ DEVICE void consume(const Arguments& p, const Run& run, const Shared& shared, in
   Feed feed(p, run, warp, lane);
   for (int t = 0; t < p.depth; t++) feed.copy(p, shared, t, t, warp, lane);
   feed.read_all(p, lane);
-  if (warp < p.batch) copy_x(p, run, shared, warp, lane);
-  const bool has_row = (lane >> 2) < p.batch;
+  for (int row = warp; row < p.batch; row += WARPS) copy_x(p, run, shared, row, lane);
   const u32 x = shared.x(p) + (lane >> 2) * Shared::x_pitch(p) + (lane & 3) * 32;
-  float sum[PAIR][4] = {};
+  Sums sum = {};
   int piece = 0, row_end = (run.first_row + 1) * p.n_slabs, slot = 0;
   u32 phase = 0;
   for (int t = 0; t < feed.n; t++) {
@@ -134,8 +141,7 @@ DEVICE void consume(const Arguments& p, const Run& run, const Shared& shared, in
     const u32 first = shared.item(p, slot, warp), second = first + (feed.entry(t).y & 0xffff) * 16;
     barrier_wait(shared.item_full(slot, warp), phase);
     const int slab = item - row_end + p.n_slabs;
-    multiply(first, second, has_row ? x + slab * SLAB_COLUMNS * 2 : 0, sum, lane, table,
-             [&] { shared.wait_for_x(p, slab); });
+    multiply(p, first, second, x + slab * SLAB_COLUMNS * 2, sum, lane, table, [&] { shared.wait_for_x(p, slab); });
     __syncwarp();
     feed.copy(p, shared, t + p.depth, slot, warp, lane);
     if (++slot == p.depth) slot = 0, phase ^= 1;
@@ -163,13 +169,13 @@ struct Late {
     for (int i = 0; i < AT_ONCE; i++)
       b[i] = at + i < p.block_steps ? from[(size_t)(at + i) * UNITS * 32] : make_uint4(0, 0, 0, 0);
   }
-  DEVICE void add_b(const Arguments& p, u32 u, float (&sum)[4], int lane) {
+  DEVICE void add_b(const Arguments& p, u32 u, float (&sum)[4], int lane) {  // u of the tile's rows of x
     for (int at = 0; at < p.block_steps; at += AT_ONCE) {
       if (at) load(p, at);
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
         if (at + i >= p.block_steps) break;
-        const uint4 v = lds128_now(u + (at + i) * 512 + lane * 16);
+        const uint4 v = lds128_now(u + (at + i) * NT * 512 + lane * 16);
         const u32 a[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
         mma(sum, a, v.x, v.y);
         mma(sum, a, v.z, v.w);
@@ -178,44 +184,45 @@ struct Late {
   }
 };
 
-// What other thread blocks have of the last row pair, of one unit of it.
-DEVICE float4 others_sum(const Arguments& p, const Run& run, int unit, int lane) {
+// What other thread blocks have of the last row pair, of one tile of it.
+DEVICE float4 others_sum(const Arguments& p, const Run& run, int tile, int lane) {
   const int row_end = (run.last_row + 1) * p.n_slabs;
   int n = 0;
   while (Run::begin_of(p, blockIdx.x + 1 + n) < row_end) n++;
-  float4* first = p.partial + ((blockIdx.x + 1) * PAIR + unit) * 32 + lane;
+  float4* first = p.partial + ((blockIdx.x + 1) * TILES + tile) * 32 + lane;
   float4 sum[1] = {make_float4(0.f, 0.f, 0.f, 0.f)};
   if (!has_sums(p, lane)) return sum[0];
-  sum_in_order<1, 4>(first, first + PAIR * 32, PAIR * 32, n - 1, sum);
-  for (int i = 0; i < n; i++) empty(first + i * PAIR * 32);
+  sum_in_order<1, 4>(first, first + TILES * 32, TILES * 32, n - 1, sum);
+  for (int i = 0; i < n; i++) empty(first + i * TILES * 32);
   return sum[0];
 }
 
-// The row pairs of this finisher's team, its unit of each.
-DEVICE void finish_rows(const Arguments& p, const Run& run, const Shared& shared, Late& late, int first_step, int team, int unit,
+// The row pairs of this finisher's team, its tile of each.
+DEVICE void finish_rows(const Arguments& p, const Run& run, const Shared& shared, Late& late, int first_step, int team, int tile,
                         int lane) {
+  const int n = tile % NT;
   for (int row_pair = run.first_row + team; row_pair <= run.last_row; row_pair += TEAMS) {
     const int piece = row_pair - run.first_row;
     const bool is_head = piece == 0 && run.has_head(p), ends = (row_pair + 1) * p.n_slabs <= run.end;
-    float4 v = is_head || ends ? make_float4(0.f, 0.f, 0.f, 0.f) : others_sum(p, run, unit, lane);
+    float4 v = is_head || ends ? make_float4(0.f, 0.f, 0.f, 0.f) : others_sum(p, run, tile, lane);
     barrier_wait(shared.sums_full + 8 * team, piece / TEAMS & 1);
-    if (!is_head) v = v + sum_of(shared.sums(p, team) + unit * 512 + lane * 16, SUMS_BYTES, WARPS);
+    if (!is_head) v = v + sum_of(shared.sums(p, team) + tile * 512 + lane * 16, SUMS_BYTES, WARPS);
     arrive_for_warp(shared.sums_empty + 8 * team, lane);
     if (!is_head) {
       float sum[4] = {v.x, v.y, v.z, v.w};
       barrier_wait(shared.u_full, 0);
-      late.add_b(p, shared.u(p) + (late.step - first_step) * 512, sum, lane);
-      store_outputs(p, late.row, 2 * (lane & 3), as_float4(sum) + late.bias);
+      late.add_b(p, shared.u(p) + ((late.step - first_step) * NT + n) * 512, sum, lane);
+      store_outputs(p, late.row, 8 * n + 2 * (lane & 3), as_float4(sum) + late.bias);
     }
-    if (row_pair + TEAMS <= run.last_row) late.ask(p, (row_pair + TEAMS) * PAIR + unit, lane);
+    if (row_pair + TEAMS <= run.last_row) late.ask(p, (row_pair + TEAMS) * PAIR + tile / NT, lane);
   }
 }
 
 DEVICE void finish(const Arguments& p, const Run& run, const Shared& shared, int finisher, int lane) {
-  const int team = finisher / PAIR, unit = finisher % PAIR;
+  const int team = finisher / TILES, tile = finisher % TILES;
   if (finisher == 0 && lane == 0) *shared.launch = count_launch(p);
   Late late;
-  late.ask(p, min(run.first_row + team, run.last_row) * PAIR + unit, lane);
+  late.ask(p, min(run.first_row + team, run.last_row) * PAIR + tile / NT, lane);
   if (lane < p.rank_tiles) prefetch(p.scaling + lane * 16);
   const int first_step = p.rank_tiles ? p.first_step[run.first_row / PAIRS_OF_BLOCK] : 0;
   const int last_step = p.rank_tiles ? p.first_step[run.last_row / PAIRS_OF_BLOCK] + p.block_steps : 0;
@@ -225,7 +232,7 @@ DEVICE void finish(const Arguments& p, const Run& run, const Shared& shared, int
     multiply_a(p, shared, job, launch, finisher, lane);
   wait_for_previous_kernel();
   gather_u(p, shared, first_step, last_step - first_step, launch, finisher, lane);
-  finish_rows(p, run, shared, late, first_step, team, unit, lane);
+  finish_rows(p, run, shared, late, first_step, team, tile, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_linear(const __grid_constant__ Arguments p) {
@@ -240,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_linear(const __g
     head_sums = 0;
     for (int i = 0; i < TEAMS; i++) {
       barrier_init(shared_address(sums_full + i), WARPS * ARRIVALS_OF_WARP);
-      barrier_init(shared_address(sums_empty + i), PAIR * ARRIVALS_OF_WARP);
+      barrier_init(shared_address(sums_empty + i), TILES * ARRIVALS_OF_WARP);
     }
   }
   barrier_init_fence();

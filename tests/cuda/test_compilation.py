@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 from salr.cuda import compilation
 from salr.cuda.decoded import TILES_OF_ROWS
 from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, TILES
+from salr.cuda.skinny import TILES as SKINNY_TILES
 
 ELF = b"\x7fELF"
 
@@ -49,7 +51,8 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
 def test_the_skinny_kernel_compiles_for_quantized_weights(encoding):
     from salr.cuda.device_layout import definitions
 
-    assert compilation.cubin("skinny_linear.cu", definitions(encoding, torch.float16), "sm_90a").startswith(ELF)
+    chosen = definitions(encoding, torch.float16, **asdict(SKINNY_TILES[-1]))
+    assert compilation.cubin("skinny_linear.cu", chosen, "sm_90a").startswith(ELF)
 
 
 def test_the_fused_kernel_compiles_in_every_shape_for_older_gpus():
