@@ -20,6 +20,7 @@ from .fused import LARGEST_BATCH, FusedProduct
 from .launching import aligned
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
+from .skinny import LARGEST_BATCH as LARGEST_SKINNY
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
 from .skinny import SkinnyProduct
 
@@ -66,12 +67,17 @@ class ProductByRows:
         with _ONE_AT_A_TIME:
             if self._fused is None:
                 return self.expanded(x)
-            if self._skinny is not None and x.shape[0] <= self._skinny.most_rows:
-                return self._skinny(x, x.new_empty(x.shape[0], self.weight.n_rows))
+            skinny = self._skinny_for(x.shape[0])
+            if skinny is not None:
+                return skinny(x, x.new_empty(x.shape[0], self.weight.n_rows))
             kernel = self._kernel(x.shape[0])
             if kernel == "fused":
                 return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
             return self._decoded(x) if kernel == "decoded" else self.expanded(x)
+
+    def _skinny_for(self, batch: int) -> SkinnyProduct | None:
+        found = self._skinny if 0 < batch <= LARGEST_SKINNY else None
+        return found if found is not None and batch <= found.most_rows else None
 
     def _kernel(self, batch: int) -> str:
         weight, may_decode = self.weight, batch <= self._most_decoded

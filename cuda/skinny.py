@@ -1,7 +1,6 @@
 """The product for at most 16 rows of x: one launch, in which each thread block has all of x and whole rows of W.
 
-Invariant: the same input gives the same bits, whatever else runs; one prepared product must not run on two streams at
-the same time for the same slot, so each stream has its own counters and workspace.
+Invariant: the same input gives the same bits, whatever else runs; each stream has counters and a workspace of its own.
 """
 
 from __future__ import annotations
@@ -49,21 +48,21 @@ def items_of(weight: SlabWeight) -> tuple[torch.Tensor, int]:
 
 
 def shares(n_items: int, n_blocks: int) -> dict[str, int]:
-    """Return how items are divided: ``share`` each, one more for the first ``more``, ``fewer`` from ``late`` on.
+    """Return how items are divided: ``share`` each, one more for the first ``more``, less from ``first_late`` on.
 
     The last thread blocks start last: on the SMs that the launch before left last.
     """
-    late = n_blocks - int(_LATE * n_blocks)
+    first_late = n_blocks - int(_LATE * n_blocks)
     fewer = int(min(_FEWER, n_items / n_blocks / 4))
-    share, more = divmod(n_items + (n_blocks - late) * fewer, n_blocks)
-    return {"share": share, "more": more, "late": late, "fewer": fewer}
+    share, more = divmod(n_items + (n_blocks - first_late) * fewer, n_blocks)
+    return {"share": share, "more": more, "first_late": first_late, "fewer": fewer}
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
         "slabs items lora_a lora_b scaling first_step bias x y partial u_partial counters",
         "n_rows n_columns batch wide n_slabs rank_tiles block_steps a_parts item_bytes depth y_pitch x_shift "
-        "share more late fewer",
+        "share more first_late fewer",
     )
 
 
@@ -81,6 +80,7 @@ class Tile:
 
 
 TILES = (Tile(1, 16), Tile(2, 12))
+LARGEST_BATCH = 8 * TILES[-1].NT
 
 
 class SkinnyProduct:
@@ -127,7 +127,13 @@ class SkinnyProduct:
         return int(self._properties.shared_memory_per_block_optin) - taken
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it."""
+        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it.
+
+        Raises:
+            ValueError: M is 0 or more than ``most_rows``.
+        """
+        if not 0 < x.shape[0] <= self.most_rows:
+            raise ValueError(f"{x.shape[0]} rows of x, of 1 to {self.most_rows}")
         key = stream_of(x), x.shape[0]
         found = self._launches.get(key)
         if found is None:
@@ -148,10 +154,10 @@ class SkinnyProduct:
         slot_bytes = self._slot_bytes(tile)
         room = min(self._free_bytes(tile) - batch * self._x_bytes, max(2 * slot_bytes, _RING_BYTES))
         depth = min(room // slot_bytes, _MOST_DEPTH)
+        counters = torch.zeros(n_blocks, dtype=torch.int32, device=self.device)  # first: asked for before the wait
         partial = workspace(self.device, stream, "row pairs", n_blocks * _PAIR * tile.NT * 128)
         n_parts = max(4, 2 * _PARTS_OF_A * n_tiles * tile.NT * 128)
         u_partial = torch.full((n_parts,), EMPTY, dtype=torch.int32, device=self.device)
-        counters = torch.zeros(n_blocks, dtype=torch.int32, device=self.device)
         arguments = _Arguments(
             slabs=address(weight.slabs), items=address(items), bias=address(self.bias), partial=address(partial),
             u_partial=address(u_partial), counters=address(counters), n_rows=weight.n_rows,

@@ -104,7 +104,7 @@ DEVICE uint4 lds128(u32 a) {
   asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
-DEVICE uint4 lds128_now(u32 a) {  // of what this warp has just written
+DEVICE uint4 lds128_now(u32 a) {  // of what was written a moment ago: stays in its place, as lds128 may not
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a) : "memory");
   return v;

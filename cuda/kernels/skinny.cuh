@@ -30,7 +30,8 @@ struct Arguments {
   int n_rows, n_columns, batch, wide, n_slabs, rank_tiles, block_steps, a_parts;
   int item_bytes, depth, y_pitch;  // room for an item; items of a warp in shared memory; elements between rows of y
   int x_shift;                     // a chunk of x is 2^x_shift slabs
-  int share, more, late, fewer;    // items of a thread block: one more for the first `more`, `fewer` fewer from `late` on
+  int share, more;                 // items of a thread block, one more for the first `more`
+  int first_late, fewer;           // from thread block `first_late` on `fewer` fewer
 };
 
 #include "sums.cuh"
@@ -39,7 +40,7 @@ struct Arguments {
 struct Run {
   int begin, end, first_row, last_row;
   DEVICE static int begin_of(const Arguments& p, int block) {
-    return block * p.share + min(block, p.more) - max(block - p.late, 0) * p.fewer;
+    return block * p.share + min(block, p.more) - max(block - p.first_late, 0) * p.fewer;
   }
   DEVICE Run(const Arguments& p) {
     begin = begin_of(p, blockIdx.x), end = begin_of(p, blockIdx.x + 1);

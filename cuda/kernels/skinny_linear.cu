@@ -89,6 +89,7 @@ DEVICE void publish_head(const Arguments& p, const Shared& shared, int lane) {
   __threadfence_block();
   if (lane == 0) before = atomicAdd(shared.head_sums, 1);
   if (__shfl_sync(~0u, before, 0) != WARPS - 1) return;
+  __syncwarp();
   __threadfence_block();
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -112,15 +113,17 @@ DEVICE void deposit(const Arguments& p, const Run& run, const Shared& shared, Su
   arrive_for_warp(shared.sums_full + 8 * team, lane);
 }
 
+DEVICE int n_chunks(const Arguments& p) { return (p.n_slabs - 1 >> p.x_shift) + 1; }
+
 // A row of x by each of the first warps, in chunks of columns, a lane each, those that are needed first first.
 DEVICE void copy_x(const Arguments& p, const Run& run, const Shared& shared, int row, int lane) {
-  const int n_chunks = (p.n_slabs - 1 >> p.x_shift) + 1, row_bytes = p.n_columns * 2;
+  const int row_bytes = p.n_columns * 2;
   const int turn = (run.begin - run.first_row * p.n_slabs >> p.x_shift) + lane;
-  const int chunk = turn < n_chunks ? turn : turn - n_chunks, at = chunk * (SLAB_COLUMNS * 2 << p.x_shift);
+  const int chunk = turn < n_chunks(p) ? turn : turn - n_chunks(p), at = chunk * (SLAB_COLUMNS * 2 << p.x_shift);
   const int bytes = min(SLAB_COLUMNS * 2 << p.x_shift, row_bytes - at);
   const u32 bar = shared.x_full + 8 * chunk;
   wait_for_previous_kernel();
-  if (lane >= n_chunks) return;
+  if (lane >= n_chunks(p)) return;
   barrier_expect(bar, bytes);
   bulk_copy(shared.x(p) + row * Shared::x_pitch(p) + at, p.x + (size_t)row * row_bytes + at, bytes, bar);
 }
@@ -147,6 +150,8 @@ DEVICE void consume(const Arguments& p, const Run& run, const Shared& shared, in
     if (++slot == p.depth) slot = 0, phase ^= 1;
   }
   while (piece <= run.last_row - run.first_row) deposit(p, run, shared, sum, piece++, warp, lane);
+  if (warp == 0)  // nothing is copied to a thread block that has ended
+    for (int chunk = 0; chunk < n_chunks(p); chunk++) barrier_wait(shared.x_full + 8 * chunk, 0);
 }
 
 // What finishing a unit's rows takes beside its sums, asked for long before.

@@ -81,7 +81,7 @@ DEVICE void parts_sum(const Arguments& p, const float4* from, int lane, float4 (
 // Which launch this is. The next one, which asks too, may only then begin.
 DEVICE u32 count_launch(const Arguments& p) {
   const u32 launch = add_relaxed(p.counters + blockIdx.x, 1);
-  if (launch != ~0u) let_next_kernel_start();
+  if (launch != ~0u) let_next_kernel_start();  // always: so the trigger waits for the answer
   return launch;
 }
 

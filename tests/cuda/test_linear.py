@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def test_float16_activations_are_multiplied(encoding, batch):
 @pytest.mark.parametrize("batch", [1, 33])
 def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
     check_fused(weight(2048, 1024), rank, batch)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3, 7])
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("batch", [1, 8, 13])
+def test_a_thread_block_multiplies_many_row_pairs(n_blocks, encoding, batch):
+    packed, low_rank = weight(2040, 1024, 0.5, encoding), adapters(2040, 1024, 24)
+    *_, product = one_launch_products(packed, low_rank, None, torch.bfloat16, batch)
+    room = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    product._properties = SimpleNamespace(multi_processor_count=n_blocks, shared_memory_per_block_optin=room)
+    x = torch.randn(batch, 1024, device="cuda").bfloat16()
+    for _ in range(3):
+        out = torch.full((batch, 2040), torch.nan, device="cuda")
+        assert error(product(x, out), exact(x, packed, low_rank, None)) < 1e-4
 
 
 @pytest.mark.parametrize("batch", [1, 64])

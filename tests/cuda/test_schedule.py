@@ -53,7 +53,7 @@ def test_each_item_of_a_skinny_product_belongs_to_one_thread_block(n_items, n_bl
     found = shares(n_items, n_blocks)
 
     def first_of(block):  # as skinny.cuh has it
-        late = max(block - found["late"], 0)
+        late = max(block - found["first_late"], 0)
         return block * found["share"] + min(block, found["more"]) - late * found["fewer"]
 
     starts = [first_of(block) for block in range(n_blocks + 1)]
