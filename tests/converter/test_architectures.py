@@ -111,6 +111,12 @@ def test_a_config_that_the_class_refuses_is_named(llama, edited_model):
         plan_conversion(source, OPTIONS)
 
 
+def test_the_reason_of_a_config_that_the_class_refuses_is_told(llama, edited_model):
+    with pytest.raises(SourceError, match=r"The hidden size \(66\) is not a multiple of .* attention\s?heads") as error:
+        plan_conversion(edited_model(llama, hidden_size=66), OPTIONS)
+    assert "\n" not in str(error.value)
+
+
 def test_experts_that_transformers_turns_while_it_loads_can_only_be_kept(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
     text = {
