@@ -21,7 +21,10 @@ _N_NAMED = 3
 
 
 def check_weights(checkpoint: Checkpoint, model: Any) -> list[str]:
-    """Refuse a checkpoint without the weights of its class, ``model`` on the meta device; return what to know else.
+    """Refuse a checkpoint that does not hold the weights of its class; return a line on what it holds besides.
+
+    Args:
+        model: of that class, on the meta device.
 
     Raises:
         SourceError: weights are missing, or have another shape.
