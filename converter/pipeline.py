@@ -123,7 +123,7 @@ def convert_plan(
         n_kept=len(plan.kept),
         n_inputs=len(plan.ledger),
         seconds=time.perf_counter() - started,
-        notes=tuple(outcome.notes),
+        notes=(*plan.notes, *outcome.notes),
     )
 
 

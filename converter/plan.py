@@ -25,7 +25,7 @@ from .options import ConvertOptions
 from .selection import Choice, TrainedPair, check_packable, choose_tensors, match_adapters
 from .sources.architecture import Architecture
 from .sources.checkpoint import Asset, Checkpoint, SourceTensor
-from .sources.completeness import require_weights
+from .sources.completeness import check_weights
 
 _RESERVED = (MANIFEST_NAME, "__metadata__")
 #: of float values as they are in the source
@@ -69,7 +69,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions of a conversion, and the options they follow from."""
+    """All decisions of a conversion, the options they follow from, and what to know before it begins."""
 
     options: ConvertOptions
     checkpoint: Checkpoint
@@ -78,6 +78,7 @@ class Plan:
     modules: tuple[PlannedModule, ...]
     kept: tuple[SourceTensor, ...]
     ledger: tuple[LedgerLine, ...]
+    notes: tuple[str, ...] = ()
 
     def specs(self) -> list[TensorSpec]:
         """Return every tensor of the output except the manifest."""
@@ -103,12 +104,11 @@ def make_plan(
 
     Raises:
         OptionError: a pattern matches nothing, or a rank exceeds min(N, K).
-        SourceError: a weight is missing or cannot be packed, or a name collides with one of the format's.
+        SourceError: a weight is missing, misshapen or cannot be packed, or a name collides with one of the format's.
         AdapterError: a key matches no linear layer of the base, or shapes disagree.
     """
     architecture = Architecture(checkpoint)
-    if architecture.model is not None:
-        require_weights(checkpoint, architecture.model)
+    notes = check_weights(checkpoint, architecture.model) if architecture.model is not None else []
     choices = choose_tensors(checkpoint, architecture, options)
     trained = match_adapters(checkpoint, architecture, choices, tuple(adapters))
     packed = [choice for name, choice in sorted(choices.items()) if choice.is_packed or name in trained]
@@ -128,6 +128,7 @@ def make_plan(
         tuple(modules),
         tuple(choice.tensor for choice in kept),
         tuple(sorted(ledger, key=lambda line: (line.file, line.key))),
+        tuple(notes),
     )
     _check_complete(plan)
     return plan

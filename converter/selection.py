@@ -113,8 +113,8 @@ def check_packable(tensor: SourceTensor, role: Role, checkpoint: Checkpoint) -> 
             f"shape {list(tensor.shape)}",
             path=checkpoint.directory / tensor.file,
             tensor=tensor.name,
-            needed=str(list(role.shape)) if role.shape else "a matrix",
-            fix="config.json and weights may belong to different models",
+            needed=f"{list(role.shape)} as its class has it" if role.shape else "a matrix",
+            fix=f"keep it dense: --exclude {module_name(tensor.name)}",
         )
     if 0 in tensor.shape or tensor.dtype not in FLOAT_TORCH_DTYPES:
         raise SourceError(

@@ -141,7 +141,7 @@ def _meta_model(checkpoint: Described) -> torch.nn.Module | None:
             model: torch.nn.Module = model_class(config)
     except Exception as error:  # transformers raises many types for a bad config; all mean the same here
         raise SourceError(
-            f"transformers cannot build {checkpoint.architecture} from it ({str(error).splitlines()[0][:160]})",
+            f"transformers cannot build {checkpoint.architecture} from it ({' '.join(str(error).split())[:200]})",
             path=checkpoint.directory / "config.json",
             fix="check the config against the model's own",
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +159,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         module = modules.get(line.key)
         removed = console.percent(1 - module.entry.nnz / module.entry.n_weights) if module else ""
         table.add_row(line.key, line.fate, removed, str(module.residual_rank) if module else "", line.reason)
-    return console.out.print(table)
+    console.out.print(table)
+    return show_warnings(plan.notes)
 
 
 def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> None:
@@ -198,7 +200,8 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
         quiet=quiet,
     )
     if needs.exceeds_memory:
-        console.say("! That is more memory than is free: fewer --workers need less.", quiet=quiet)
+        show_warnings(["That is more memory than is free: fewer --workers need less."], quiet)
+    show_warnings(plan.notes, quiet)
 
 
 def describe_method(options: ConvertOptions) -> str:
@@ -218,8 +221,8 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     console.say(
         f"ledger                  {report.n_inputs} of {report.n_inputs} input tensors accounted for", quiet=quiet
     )
-    for warning in (*report.notes, *size_warnings(report)):
-        console.say(f"! {warning}", quiet=quiet)
+    said = set(plan.notes)
+    show_warnings([note for note in (*report.notes, *size_warnings(report)) if note not in said], quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
     checkpoint = plan.checkpoint
     given = "".join(f" --adapter {adapter.name}={adapter.directory}" for adapter in plan.adapters)
@@ -227,6 +230,12 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     if checkpoint.location.is_dir():
         console.say(f"       salr eval {report.path} --reference {checkpoint.location} --text FILE", quiet=quiet)
     console.say(f"       salr inspect {report.path} --html page.html", quiet=quiet)
+
+
+def show_warnings(warnings: Iterable[str], quiet: bool = False) -> None:
+    """Print what the user should know, a line each."""
+    for warning in warnings:
+        console.say(f"! {warning}", quiet=quiet)
 
 
 def size_warnings(report: ConvertReport) -> list[str]:

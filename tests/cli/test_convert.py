@@ -62,6 +62,17 @@ def test_json_gives_the_report_as_one_object(salr, source, out):
     assert 0 < report["error"]["residual"] <= report["error"]["bound"] + 1e-6
 
 
+def test_surplus_tensors_are_told_once_and_before_the_work(salr, source, out):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    dry, told = salr("convert", *MAGNITUDE, source, out, "--dry-run"), salr("convert", *MAGNITUDE, source, out)
+    (warning,) = [line for line in told.stdout.splitlines() if "has no place for 9 tensors" in line]
+    assert warning.startswith("! The LlamaForCausalLM that config.json describes ")
+    assert told.stdout.index(warning) < told.stdout.index("packed weights") and warning in dry.stdout.splitlines()
+    report = json.loads(salr("convert", *MAGNITUDE, source, out, "--json", "--force").stdout)
+    assert report["notes"] == [warning.removeprefix("! ")]
+
+
 def test_quiet_says_nothing(salr, source, out):
     result = salr("convert", *MAGNITUDE, source, out, "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "") and out.is_file()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from salr.converter.module_options import ModuleOptions
 from salr.converter.options import ConvertOptions
 from salr.converter.pipeline import plan_conversion
 from salr.formats.errors import OptionError, SourceError
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import salr
 
@@ -107,12 +111,31 @@ def test_a_config_that_the_class_refuses_is_named(llama, edited_model):
         plan_conversion(source, OPTIONS)
 
 
-def test_a_config_of_another_size_is_refused_with_both_shapes(llama, edited_model):
-    source = edited_model(llama, intermediate_size=80)
-    with pytest.raises(
-        SourceError, match=r"down_proj.weight': shape \[64, 96\], needed \[64, 80\]; config.json and weights"
-    ):
-        plan_conversion(source, OPTIONS)
+def test_the_reason_of_a_config_that_the_class_refuses_is_told(llama, edited_model):
+    with pytest.raises(SourceError, match=r"The hidden size \(66\) is not a multiple of .* attention\s?heads") as error:
+        plan_conversion(edited_model(llama, hidden_size=66), OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def test_experts_that_transformers_turns_while_it_loads_can_only_be_kept(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    vision = sizes | {"depth": 1, "out_hidden_size": 32, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    tensors = {name: t.transpose(1, 2) if "experts" in name else t for name, t in model.state_dict().items()}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    words = (
+        r"experts.down_proj': shape \[4, 24, 32\], needed \[4, 32, 24\] as its class has it; keep it dense: --exclude"
+    )
+    with pytest.raises(SourceError, match=words):
+        plan_conversion(tmp_path, OPTIONS)
+    plan = plan_conversion(tmp_path, replace(OPTIONS, exclude=("*.experts.*",)))
+    assert len([tensor for tensor in plan.kept if "experts" in tensor.name]) == 2
 
 
 def test_planning_runs_no_code_and_reads_no_weight_of_the_checkpoint(llama, edited_model):
