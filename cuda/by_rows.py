@@ -17,7 +17,7 @@ from .compilation import ASYNC_CAPABILITY
 from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
-from .launching import aligned
+from .launching import aligned, uncaptured
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 from .skinny import LARGEST_BATCH as LARGEST_SKINNY
@@ -86,7 +86,8 @@ class ProductByRows:
 
     @functools.cached_property
     def _decoded(self) -> DecodedProduct:
-        return DecodedProduct(self.weight, self._order, self._float_bias)
+        with uncaptured(self.weight.slabs.device):
+            return DecodedProduct(self.weight, self._order, self._float_bias)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 
 from .compilation import ASYNC_CAPABILITY, Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, address, fields, stream_of
+from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 from .schedule import Work, schedule, sharers
 from .sums import EMPTY, workspace
@@ -143,7 +143,8 @@ class FusedProduct:
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)
         if found is None:
-            found = self._launches[key] = self._launch(*key)
+            with uncaptured(self.device):
+                found = self._launches[key] = self._launch(*key)
         arguments, launch, arrange, _ = found
         arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
         if arrange is not None:

@@ -6,8 +6,10 @@ few microseconds. A dependent launch may begin before the kernel in front of it 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from .compilation import Function
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_RELAXED_CAPTURE = 2
 _INVALID_CONTEXT = 201  # a thread that has not used the GPU yet, as autograd's own at first
 
 
@@ -115,6 +118,23 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor contiguous and on 16 bytes, as kernels load it."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+@contextlib.contextmanager
+def uncaptured(device: torch.device) -> Iterator[None]:
+    """Run what is inside at once, on a stream of its own, where torch's current stream is being captured."""
+    if not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    mode = ctypes.c_int(_RELAXED_CAPTURE)  # what is not captured may allocate and be waited for
+    _require(driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
+    try:
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+    finally:
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def make_current(device: int) -> None:

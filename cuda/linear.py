@@ -17,6 +17,7 @@ from .by_rows import ProductByRows
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
+from .launching import uncaptured
 from .layouts import remember, slabs_of
 from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
@@ -75,8 +76,9 @@ class Prepared:
         """Return the product for x on a device in a dtype."""
         found = self._products.get((device, dtype))
         if found is None:
-            layer = _layer(self.weight, self.adapters, self.bias, dtype, device)
-            found = PreparedProduct(layer.weight, layer.adapters, layer.bias, dtype)
+            with uncaptured(device):
+                layer = _layer(self.weight, self.adapters, self.bias, dtype, device)
+                found = PreparedProduct(layer.weight, layer.adapters, layer.bias, dtype)
             self._products[device, dtype] = found
         return found
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .launching import Launch, address, aligned, fields, stream_of
+from .launching import Launch, address, aligned, fields, stream_of, uncaptured
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
@@ -153,9 +153,10 @@ def _workspace(
     device: torch.device, stream: int, n_heads: int, splits: int, floats: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a stream's buffers for one shape: partial results, their maxima and sums, counters that are 0."""
-    partial = torch.empty(n_heads * splits * floats, dtype=torch.float32, device=device)
-    sums = torch.empty(n_heads * splits * group * 2, dtype=torch.float32, device=device)
-    return partial, sums, torch.zeros(n_heads, dtype=torch.int32, device=device)
+    with uncaptured(device):
+        partial = torch.empty(n_heads * splits * floats, dtype=torch.float32, device=device)
+        sums = torch.empty(n_heads * splits * group * 2, dtype=torch.float32, device=device)
+        return partial, sums, torch.zeros(n_heads, dtype=torch.int32, device=device)
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -14,7 +14,7 @@ import torch
 
 from .compilation import function
 from .device_layout import HEADER_BYTES, UNITS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, address, fields, stream_of
+from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 from .sums import EMPTY, workspace
 
@@ -100,7 +100,8 @@ class SkinnyProduct:
 
     @functools.cached_property
     def _items(self) -> tuple[torch.Tensor, int]:
-        return items_of(self.weight)
+        with uncaptured(self.device):
+            return items_of(self.weight)
 
     @functools.cached_property
     def most_rows(self) -> int:
@@ -137,7 +138,8 @@ class SkinnyProduct:
         key = stream_of(x), x.shape[0]
         found = self._launches.get(key)
         if found is None:
-            found = self._launches[key] = self._launch(*key)
+            with uncaptured(self.device):
+                found = self._launches[key] = self._launch(*key)
         arguments, launch, _ = found
         arguments.x, arguments.y = x.data_ptr(), out.data_ptr()
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)

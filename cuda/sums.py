@@ -1,4 +1,8 @@
-"""Where kernels leave partial sums: memory in which a place says by itself that its sum is not there yet."""
+"""Where kernels leave partial sums: memory in which a place says by itself that its sum is not there yet.
+
+Invariant: this memory is filled once, before any launch or replay that uses it: who asks for it does so outside of a
+capture (``launching.uncaptured``), since another graph may be replayed before the one that is being captured.
+"""
 
 from __future__ import annotations
 

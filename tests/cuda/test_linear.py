@@ -198,6 +198,25 @@ def test_products_are_captured_and_run_on_several_streams(kernel):
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("batch", [4, 20, 200, 2000])
+def test_graphs_of_a_product_that_was_never_made_before_are_replayed_in_any_order(batch):
+    from salr.cuda.linear import apply, prepare
+
+    packed, low_rank = weight(1024, 1024), adapters(1024, 1024, 16)
+    prepared, x = prepare(packed, low_rank, None), torch.randn(batch, 1024, device="cuda").bfloat16()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    made = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            made.append(apply(prepared, x))
+    for graph, y in reversed(list(zip(graphs, made, strict=True))):
+        for _ in range(3):
+            y.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert error(y, exact(x, packed, low_rank, None)) < 5e-3
+
+
 def test_bfloat16_weights_take_at_most_1_15_bytes():
     from salr.cuda.device_layout import lay_out
     from salr.cuda.skinny import items_of
