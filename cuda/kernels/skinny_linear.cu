@@ -67,11 +67,7 @@ DEVICE void multiply(u32 first, u32 second, u32 x, float (&total)[PAIR][4], int 
   }
   if (HAS_SCALES) {
 #pragma unroll
-    for (int r = 0; r < PAIR; r++) {
-      const float upper = unit[r].scale(lane >> 2), lower = unit[r].scale((lane >> 2) + 8);
-      total[r][0] += upper * scaled[r][0], total[r][1] += upper * scaled[r][1];
-      total[r][2] += lower * scaled[r][2], total[r][3] += lower * scaled[r][3];
-    }
+    for (int r = 0; r < PAIR; r++) unit[r].add_scaled<1>(&scaled[r], &total[r], lane);
   }
 }
 
