@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .device_layout import BLOCK_ROWS, HEADER_BYTES, SLAB_COLUMNS, SlabWeight, definitions, fixed_shared_bytes
+from .device_layout import (
+    BLOCK_ROWS,
+    HEADER_BYTES,
+    SLAB_COLUMNS,
+    UNITS,
+    SlabWeight,
+    definitions,
+    fixed_shared_bytes,
+    unit_bounds,
+)
 from .launching import Launch, address, fields, stream_of
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
@@ -162,11 +171,8 @@ class DecodedProduct:
 
 def halves(weight: SlabWeight) -> torch.Tensor:
     """Return where each slab's units 0 and 8 begin, and the end, (2 * slabs + 1,) int32 in units of 16 bytes."""
-    starts = weight.offsets.to(torch.int64)
-    eighth = weight.slabs.view(torch.int16)[starts[:-1] * 8 + 8].to(torch.int64)
-    first = starts + HEADER_BYTES // 16
-    begins = torch.stack([first[:-1], starts[:-1] + eighth], 1).flatten()
-    return torch.cat([begins, first[-1:]]).to(torch.int32)
+    begins = unit_bounds(weight)[:, : UNITS : UNITS // 2].flatten()
+    return torch.cat([begins, weight.offsets[-1:] + HEADER_BYTES // 16])
 
 
 class _InputArguments(ctypes.Structure):

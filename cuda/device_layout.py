@@ -180,6 +180,18 @@ def _offsets(
     return headers.contiguous(), offsets.to(torch.int32), 16 * int(ends[:, -1].max())
 
 
+def unit_bounds(weight: SlabWeight) -> torch.Tensor:
+    """Return where each unit of a slab begins, and the slab's end, (slabs, 17) int32 in units of 16 bytes.
+
+    As headers have it: the first number is the slab's size, the others are where units 1 to 15 begin.
+    """
+    starts = weight.offsets[:-1, None]
+    number = torch.arange(UNITS, device=starts.device)
+    header = weight.slabs.view(torch.int16)[8 * starts.long() + number].int()
+    first = torch.full_like(starts, HEADER_BYTES // 16)
+    return starts + torch.cat([first, header[:, 1:], header[:, :1]], 1)
+
+
 def fixed_shared_bytes(encoding: str) -> int:
     """Return the shared memory that a thread block takes beside what a launch asks for.
 

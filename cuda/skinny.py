@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .device_layout import HEADER_BYTES, UNITS, SlabWeight, definitions, fixed_shared_bytes
+from .device_layout import UNITS, SlabWeight, definitions, fixed_shared_bytes, unit_bounds
 from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 from .sums import EMPTY, workspace
@@ -34,17 +34,12 @@ def items_of(weight: SlabWeight) -> tuple[torch.Tensor, int]:
     A pair's first byte in units of 16; the size of its first unit, and of both shifted by 16 bits, in those units.
     """
     n_blocks, n_slabs = weight.n_row_blocks, weight.n_slabs
-    starts = weight.offsets[:-1].long()
-    header = torch.arange(HEADER_BYTES // 2, device=starts.device)
-    begins = weight.slabs.view(torch.int16)[8 * starts[:, None] + header].int() & 0xFFFF
-    ends = torch.cat([begins[:, 1:], begins[:, :1]], 1)  # the first number is the slab's size
-    begins[:, 0] = HEADER_BYTES // 16
-    first, last = begins[:, ::_PAIR], ends[:, 1::_PAIR]
-    sizes = (ends[:, ::_PAIR] - first) | (last - first) << 16
-    items = torch.stack([weight.offsets[:-1, None] + first, sizes], -1)
+    bounds = unit_bounds(weight)
+    first, second, end = bounds[:, :-1:2], bounds[:, 1::2], bounds[:, 2::2]
+    items = torch.stack([first, (second - first) | (end - first) << 16], -1)
     items = items.view(n_blocks, n_slabs, UNITS // _PAIR, 2).transpose(1, 2)
     n_rows = -(-weight.n_rows // _PAIR_ROWS)
-    return items.reshape(-1, n_slabs, 2)[:n_rows].contiguous(), 16 * int((last - first).max())
+    return items.reshape(-1, n_slabs, 2)[:n_rows].contiguous(), 16 * int((end - first).max())
 
 
 def shares(n_items: int, n_blocks: int) -> dict[str, int]:

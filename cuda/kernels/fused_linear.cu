@@ -98,16 +98,7 @@ DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane
     }
     if (HAS_SCALES) {
 #pragma unroll
-      for (int r = 0; r < RT; r++) {
-        const float upper = unit[r].scale(lane >> 2), lower = unit[r].scale((lane >> 2) + 8);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-          total[r][n][0] += upper * scaled[r][n][0];
-          total[r][n][1] += upper * scaled[r][n][1];
-          total[r][n][2] += lower * scaled[r][n][2];
-          total[r][n][3] += lower * scaled[r][n][3];
-        }
-      }
+      for (int r = 0; r < RT; r++) unit[r].add_scaled<NT>(scaled[r], total[r], lane);
     }
     slab_address += 16 * lds16(slab_address);
   }

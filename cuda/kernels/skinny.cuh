@@ -11,7 +11,6 @@
 constexpr int FINISHERS = 4, TEAMS = 2 / NT, THREADS = (WARPS + FINISHERS) * 32;
 constexpr int PAIR = 2, PAIR_ROWS = PAIR * UNIT_ROWS, PAIRS_OF_BLOCK = BLOCK_ROWS / PAIR_ROWS;
 constexpr int TILES = PAIR * NT, SUMS_BYTES = TILES * 512;  // sums of a row pair: tiles by unit, then by rows of x; of a warp
-constexpr int A_TILE_BYTES = 4 * STEP_BYTES;
 constexpr int MAX_DEPTH = 8, MAX_CHUNKS = 16;
 
 struct Arguments {
@@ -68,10 +67,7 @@ struct Shared {
 DEVICE float4 sum_of(u32 from, int stride, int n) {
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int i = 0; i < n; i++) {
-    const uint4 v = lds128_now(from + i * stride);
-    sum = sum + make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-  }
+  for (int i = 0; i < n; i++) sum = sum + as_floats(lds128_now(from + i * stride));
   return sum;
 }
 

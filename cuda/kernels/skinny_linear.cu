@@ -72,14 +72,7 @@ DEVICE void multiply(const Arguments& p, u32 first, u32 second, u32 x, Sums& tot
   }
   if (HAS_SCALES) {
 #pragma unroll
-    for (int r = 0; r < PAIR; r++) {
-      const float upper = unit[r].scale(lane >> 2), lower = unit[r].scale((lane >> 2) + 8);
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        total[r][n][0] += upper * scaled[r][n][0], total[r][n][1] += upper * scaled[r][n][1];
-        total[r][n][2] += lower * scaled[r][n][2], total[r][n][3] += lower * scaled[r][n][3];
-      }
-    }
+    for (int r = 0; r < PAIR; r++) unit[r].add_scaled<NT>(scaled[r], total[r], lane);
   }
 }
 

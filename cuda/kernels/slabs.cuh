@@ -27,6 +27,7 @@ constexpr bool HAS_SCALES = ENCODING == DENSE8 || ENCODING == DENSE4;
 constexpr int UNITS = 16, UNIT_ROWS = 16, SLAB_COLUMNS = 64, BLOCK_ROWS = UNITS * UNIT_ROWS;
 constexpr int SLAB_HEADER_BYTES = 32;
 constexpr int STEP_BYTES = 512;  // one 16 x 16 fragment of 16-bit weights
+constexpr int A_TILE_BYTES = 4 * STEP_BYTES;  // of A: 16 ranks x 64 columns
 constexpr int BITMAP_BYTES = HAS_BITMAP ? 128 : 0, SCALES_BYTES = HAS_SCALES ? 32 : 0;
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;    // 1024 or 128, twice: or-ing in a magnitude adds it
 
@@ -93,6 +94,19 @@ struct Unit {
   }
 
   DEVICE float scale(int row) const { return half_to_float(lds16(start + BITMAP_BYTES + 2 * row)); }
+
+  // Add N tiles of products (16 rows x 8, as mma leaves them) times their rows' scales.
+  template <int N>
+  DEVICE void add_scaled(const float (*products)[4], float (*total)[4], int lane) const {
+    const float upper = scale(lane >> 2), lower = scale((lane >> 2) + 8);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      total[n][0] += upper * products[n][0];
+      total[n][1] += upper * products[n][1];
+      total[n][2] += lower * products[n][2];
+      total[n][3] += lower * products[n][3];
+    }
+  }
 
   // The A fragments of steps 2*pair and 2*pair + 1.
   DEVICE void fragments(int pair, int lane, u32 (&a)[2][4], u32 table) const {

@@ -25,7 +25,6 @@ constexpr int CHUNK = 2 * SUB;                   // 16-rank steps of B a stage
 constexpr int X_BYTES = SUB * SLAB_COLUMNS * 2;  // of one row of x in a stage
 constexpr int X_PITCH = X_BYTES + 16;            // keeps eight lanes' 16-byte loads off each other's banks
 constexpr int X_ARRANGED_BYTES = X_BYTES * 8 * NT;
-constexpr int A_TILE_BYTES = 4 * STEP_BYTES;     // 16 rows x 64 columns
 
 struct Arguments {
   const u8* slabs;

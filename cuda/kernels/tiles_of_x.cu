@@ -10,7 +10,6 @@
 constexpr int PARTS = 8, WARPS = 8, N_TILES = 4;  // thread blocks and warps that share K; tiles of 8 rows of x a thread block
 constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sums are held in registers
 constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
-constexpr int TILE_BYTES = 4 * STEP_BYTES;  // of A: 16 ranks x 64 columns
 
 struct Arguments {
   const u16* x;          // [batch, 64 * n_slabs]
@@ -60,7 +59,7 @@ DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
       if (first + t >= p.rank_tiles) break;
-      const uint4* a = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + first + t) * TILE_BYTES) + lane;
+      const uint4* a = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + first + t) * A_TILE_BYTES) + lane;
 #pragma unroll
       for (int step = 0; step < 4; step++) {
         const uint4 v = a[32 * step];

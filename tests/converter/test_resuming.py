@@ -321,8 +321,8 @@ def lines_of(out: Path) -> int:
     return journal.read_bytes().count(b'"module"') if journal.exists() else 0
 
 
-def test_5_kills_at_random_moments_end_in_the_same_bytes(slower, tmp_path):
-    kill_at_random_moments(slower, tmp_path, 5)
+def test_3_kills_at_random_moments_end_in_the_same_bytes(slower, tmp_path):
+    kill_at_random_moments(slower, tmp_path, 3)
 
 
 @pytest.mark.fuzz
