@@ -1,8 +1,8 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
-At most 8 rows, and up to 64: weight, adapters and bias in one launch (skinny.py, from compute capability 9.0 on, and
-fused.py). More, on compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many:
-the weight expanded to 16 bits, then cuBLAS (expanded.py).
+At most 8 rows (16 of small weights), and up to 64: weight, adapters and bias in one launch (skinny.py, from compute
+capability 9.0 on, and fused.py). More, on compute capability 9.0: weights decoded into registers for asynchronous
+products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .beside import Factors
 from .compilation import ASYNC_CAPABILITY
 from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
-from .fused import LARGEST_BATCH, FusedProduct
+from .fused import FEWEST_ROUNDS, LARGEST_BATCH, FusedProduct, rounds_of_block
 from .launching import aligned, uncaptured
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
@@ -28,6 +28,9 @@ from .skinny import SkinnyProduct
 _EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
 #: of a fused product of 33 to 64 rows, and of a weight in it, of 16 bits or quantized
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
+#: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
+#: have few rounds: its fixed costs are what skinny saves
+_SURELY_SKINNY = 8
 #: rows of x from which a quantized weight may be decoded; others are fused up to 64
 _FEWEST_DECODED = 33
 #: arguments of launches and workspaces are shared, so that one thread at a time makes a product
@@ -57,6 +60,7 @@ class ProductByRows:
         capability = torch.cuda.get_device_capability(device)
         may_be_skinny = has_kernels and capability >= LEAST_SKINNY
         self._skinny = SkinnyProduct(weight, order, self._float_bias) if may_be_skinny else None
+        self._most_skinny = LARGEST_SKINNY if rounds_of_block(weight) < FEWEST_ROUNDS else _SURELY_SKINNY
         self._most_decoded = 0
         if has_kernels and capability == ASYNC_CAPABILITY:
             self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
@@ -76,7 +80,7 @@ class ProductByRows:
             return self._decoded(x) if kernel == "decoded" else self.expanded(x)
 
     def _skinny_for(self, batch: int) -> SkinnyProduct | None:
-        found = self._skinny if 0 < batch <= LARGEST_SKINNY else None
+        found = self._skinny if 0 < batch <= self._most_skinny else None
         return found if found is not None and batch <= found.most_rows else None
 
     def _kernel(self, batch: int) -> str:

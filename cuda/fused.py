@@ -31,19 +31,20 @@ _RING_BYTES = 80 << 10  # more is slower: what an SM is late with waits behind w
 class Tile:
     """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage.
 
+    GATHERERS: warps that gather u, as many as registers allow; with none, consumers do.
     ASYNC: asynchronous products (sm_90a), x arranged for them by a launch before.
     """
 
     NT: int
     WARPS: int
     SUB: int
+    GATHERERS: int
     ASYNC: int = 0
 
     @property
     def n_threads(self) -> int:
         """Threads of a block: consumers, a warp that copies, warps that gather u."""
-        gatherers = 7 if self.WARPS == 8 and self.NT < 8 else 3  # as in fused_linear.cu
-        return (self.WARPS + 1 + gatherers) * 32
+        return (self.WARPS + 1 + self.GATHERERS) * 32
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
@@ -59,10 +60,12 @@ class Tile:
         return rows * self.SUB * 128 if self.ASYNC else rows * (self.SUB * 128 + 16)
 
 
-TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 8, 2), Tile(8, 8, 2))
-ASYNC_TILES = (Tile(1, 8, 2), Tile(2, 8, 2), Tile(4, 16, 2, 1), Tile(8, 16, 2, 1))
-SHORT_TILE = Tile(4, 16, 2)  # instead of the asynchronous one where a thread block has few rounds: no launch before it
-_FEW_ROUNDS = 16
+TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 8, 2, 7), Tile(8, 8, 2, 3))
+ASYNC_TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 16, 2, 3, 1), Tile(8, 16, 2, 3, 1))
+#: instead of the asynchronous one of 32 rows where a thread block has few rounds: no launch before it; and where it has
+#: fewest: those who multiply have nothing else to do when u comes
+SHORT_TILE, SHORTEST_TILE = Tile(4, 16, 2, 3), Tile(4, 16, 2, 0)
+_FEW_ROUNDS, FEWEST_ROUNDS = 16, 5
 
 
 def rounds_of_block(weight: SlabWeight) -> float:
@@ -75,7 +78,9 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
     """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
     tiles = ASYNC_TILES if capability == ASYNC_CAPABILITY and encoding.endswith("16") else TILES
     tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
-    return SHORT_TILE if tile.ASYNC and tile.NT == SHORT_TILE.NT and rounds < _FEW_ROUNDS else tile
+    if not tile.ASYNC or tile.NT != SHORT_TILE.NT or rounds >= _FEW_ROUNDS:
+        return tile
+    return SHORTEST_TILE if rounds < FEWEST_ROUNDS else SHORT_TILE
 
 
 class _Arguments(ctypes.Structure):

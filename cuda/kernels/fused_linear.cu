@@ -16,7 +16,9 @@
 
 constexpr int RT = UNITS / WARPS;  // units a warp
 constexpr int CONSUMERS = WARPS * 32;
-constexpr int GATHERERS = WARPS == 8 && NT < 8 ? 7 : 3;  // as many as registers allow
+#ifndef GATHERERS
+#define GATHERERS 7  // warps that gather u; with none, consumers do, when they come to need it
+#endif
 constexpr int THREADS = CONSUMERS + 32 + GATHERERS * 32;
 
 #include "sums.cuh"
@@ -177,10 +179,11 @@ DEVICE void publish_u(const Arguments& p, const Tiles& sum, u32 launch, int warp
   }
 }
 
-// Add all parts of u from step `first_step` on, a row block's share of the ranks, into this thread block's shared memory.
-DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int gatherer, int lane) {
+// Add all parts of u from step `first_step` on, a row block's share of the ranks, into this thread block's shared memory:
+// every so many warps' tile.
+DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int warp, int warps, int lane) {
   const size_t stride = (size_t)p.rank_tiles * NT * 32;
-  for (int i = gatherer; i < p.block_steps * NT; i += GATHERERS) {
+  for (int i = warp; i < p.block_steps * NT; i += warps) {
     const int step = first_step + i / NT;
     const float4* first = part_of_u(p, launch, 0) + (first_step * NT + i) * 32 + lane;
     float4 sum[1];
@@ -201,7 +204,7 @@ DEVICE void gather(const Arguments& p, const Stream& stream, const LowRank& low_
     if (!Segment(stream, row_block).n_b || step == have) continue;
     if (have >= 0) barrier_wait(low_rank.empty, phase), phase ^= 1;
     have = step;
-    gather_u(p, low_rank.u, step, launch, gatherer, lane);
+    gather_u(p, low_rank.u, step, launch, gatherer, GATHERERS, lane);
     arrive_for_warp(low_rank.full, lane);
   }
 }
@@ -292,10 +295,16 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
     const Segment segment(stream, row_block);
     for (int k = segment.first; k < segment.end(); k++) {
       if (k == segment.last && have != p.first_step[row_block]) {
-        if (have >= 0) arrive_for_warp(low_rank.empty, lane);
+        if (GATHERERS && have >= 0) arrive_for_warp(low_rank.empty, lane);
         have = p.first_step[row_block];
-        barrier_wait(low_rank.full, phase);
-        phase ^= 1;
+        if (GATHERERS) {
+          barrier_wait(low_rank.full, phase);
+          phase ^= 1;
+        } else {
+          consumers_meet();  // the u before is needed no more
+          gather_u(p, low_rank.u, have, launch, warp, WARPS, lane);
+          consumers_meet();
+        }
       }
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
@@ -331,8 +340,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __gr
       barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : 32);
       barrier_init(shared_address(empty + i), WARPS * ARRIVALS_OF_WARP);
     }
-    barrier_init(shared_address(&u_full), GATHERERS * ARRIVALS_OF_WARP);
-    barrier_init(shared_address(&u_empty), WARPS * ARRIVALS_OF_WARP);
+    if (GATHERERS) {
+      barrier_init(shared_address(&u_full), GATHERERS * ARRIVALS_OF_WARP);
+      barrier_init(shared_address(&u_empty), WARPS * ARRIVALS_OF_WARP);
+    }
     barrier_init_fence();
   }
   fill_table(table);

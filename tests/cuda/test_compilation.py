@@ -12,7 +12,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from salr.cuda import compilation
 from salr.cuda.decoded import TILES_OF_ROWS
-from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, TILES
+from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, SHORTEST_TILE, TILES
 from salr.cuda.skinny import TILES as SKINNY_TILES
 
 ELF = b"\x7fELF"
@@ -30,7 +30,7 @@ def test_a_kernel_compiles_for_its_targets(file, architecture):
 def test_the_fused_kernel_compiles_on_hopper(encoding):
     from salr.cuda.device_layout import definitions
 
-    tiles = (*ASYNC_TILES, SHORT_TILE) if encoding == "bitmap16" else ENDS
+    tiles = (*ASYNC_TILES, SHORT_TILE, SHORTEST_TILE) if encoding == "bitmap16" else ENDS
     in_float16 = ((tile, 1) for tile in tiles[1:3] if encoding == "bitmap16")  # a synchronous and an asynchronous one
     for tile, half in (*((tile, 0) for tile in tiles), *in_float16):
         chosen = (*definitions(encoding, torch.bfloat16), ("HALF", half), *tile.definitions)

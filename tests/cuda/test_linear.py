@@ -72,6 +72,14 @@ def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
     check_fused(weight(2048, 1024), rank, batch)
 
 
+@pytest.mark.parametrize("rounds", [1, 10, 100])
+@pytest.mark.parametrize("shape", [(1000, 712), (2040, 1024)])
+def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
+    monkeypatch.setattr("salr.cuda.fused.rounds_of_block", lambda weight: rounds)
+    for rank in (24, 80):
+        check_fused(weight(*shape), rank, 27)
+
+
 @pytest.mark.parametrize("n_blocks", [1, 3, 7])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 8, 13])
