@@ -27,6 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fuzz: the long versions of tests; runs where SALR_FUZZ=1")
     config.addinivalue_line("markers", "gpu: runs where torch finds a CUDA device and CuPy is installed")
+    config.addinivalue_line(
+        "markers", "emulated: a gpu test that is emulated elsewhere, for these values of parameters"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,8 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if any(item.get_closest_marker("gpu") for item in items):
         reason = _reason_without_gpu()
         for item in items:
-            if reason is not None and item.get_closest_marker("gpu"):
+            if reason is not None and item.get_closest_marker("gpu") and not _is_emulated(item):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _is_emulated(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("emulated")
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return marker is not None and all(parameters[name] in values for name, values in marker.kwargs.items())
 
 
 def _reason_without_gpu() -> str | None:

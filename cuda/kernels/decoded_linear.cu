@@ -318,11 +318,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   let_next_kernel_start();
   const Ring ring{shared_address(full), shared_address(empty), shared_address(memory)};
   if (warp >= CONSUMER_WARPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    leave_registers<56>();
     if (threadIdx.x == CONSUMER_WARPS * 32) produce(p, ring, half);
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    take_registers<224>();
     consume(p, ring, half, warp, lane, shared_address(table));
   }
   cluster_meet();  // nothing is copied to a thread block that has ended

@@ -157,7 +157,7 @@ struct LowRank {
   u32 u, full, empty;
 };
 
-DEVICE void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+DEVICE void consumers_meet() { some_meet<CONSUMERS>(); }
 
 // Where a part of x A^T is left: launches take turns with two buffers.
 DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {

@@ -84,6 +84,28 @@ DEVICE void wait_for_previous_kernel() {
 #endif
 }
 
+// ---- warps
+
+template <int N>  // some of the thread block's warps wait for each other
+DEVICE void some_meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(N) : "memory");
+}
+// A warpgroup leaves registers to others, or takes some that were left (sm_90a).
+template <int N>
+DEVICE void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+// An 8 x 8 matrix of 16-bit numbers, two a lane, transposed.
+DEVICE u32 transposed(u32 v) {
+  u32 t;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
+  return t;
+}
+
 // ---- loads
 
 DEVICE u32 lds32(u32 a) { u32 v; asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
@@ -142,6 +164,9 @@ DEVICE u32 add_release(u32* p, u32 v) {
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE void store_global(void* p, uint4 v) {  // 16 bytes, aligned; the compiler splits what it cannot prove
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE void store_floats(float4* to, const float (&v)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 
 // ---- 16-bit floats: bfloat16, or float16 where HALF is set

@@ -2,17 +2,6 @@
 #pragma once
 #include "ptx.cuh"
 
-// An 8 x 8 matrix of 16-bit numbers, two a lane, transposed.
-DEVICE u32 transposed(u32 v) {
-  u32 t;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v));
-  return t;
-}
-
-DEVICE void store_floats(float4* to, const float (&v)[4]) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
-
 struct RowsOfY {
   u16* to;  // row 0 of y, this lane's first of four columns
   float upper, lower;

@@ -9,7 +9,7 @@ DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {
   return p.u_partial + (size_t)((launch & 1) * p.a_parts + part) * p.rank_tiles * NT * 32;
 }
 
-DEVICE void finishers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(FINISHERS * 32) : "memory"); }
+DEVICE void finishers_meet() { some_meet<FINISHERS * 32>(); }
 
 // A part of a tile of x A^T, by all finishers: publish it, and empty what the launch before left.
 DEVICE void multiply_a(const Arguments& p, const Shared& shared, int job, u32 launch, int finisher, int lane) {

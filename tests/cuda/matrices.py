@@ -1,4 +1,4 @@
-"""Packed weights and adapters of random numbers on a GPU, and their product in float64."""
+"""Packed weights and adapters of random numbers, and their product in float64; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from salr.runtime import reference
 from salr.runtime.packed import Adapters, PackedWeight
 from salr.runtime.packing import pack
 
+#: where kernels run: without a GPU those tests run that are marked ``emulated``
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(512, 256), (1000, 712), (576, 576), (192, 576), (1, 8), (300, 100), (4096, 4096)]
 
 
 def weight(n_rows, n_columns, sparsity=0.5, encoding="bf16", group_size=128, kept=None):
-    dense = torch.randn(n_rows, n_columns, device="cuda") * 0.02
+    dense = torch.randn(n_rows, n_columns, device=DEVICE) * 0.02
     kept = torch.rand_like(dense) >= sparsity if kept is None else kept
     packed = pack(dense, kept, encoding, group_size)
     return packed if sparsity else dataclasses.replace(packed, bitmap=None, row_offsets=None)
 
 
 def adapters(n_rows, n_columns, rank, dtype=torch.bfloat16):
-    lora_a, lora_b = torch.randn(rank, n_columns, device="cuda"), torch.randn(n_rows, rank, device="cuda")
-    return Adapters((lora_a * 0.02).to(dtype), (lora_b * 0.02).to(dtype), torch.rand(rank, device="cuda") + 0.5)
+    lora_a, lora_b = torch.randn(rank, n_columns, device=DEVICE), torch.randn(n_rows, rank, device=DEVICE)
+    return Adapters((lora_a * 0.02).to(dtype), (lora_b * 0.02).to(dtype), torch.rand(rank, device=DEVICE) + 0.5)
 
 
 def exact(x: torch.Tensor, packed: PackedWeight, low_rank: Adapters | None, bias, dtype=torch.bfloat16) -> torch.Tensor:

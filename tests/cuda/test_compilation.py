@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -19,11 +21,16 @@ ELF = b"\x7fELF"
 ENDS = (TILES[0], TILES[-1])  # the fewest rows and the most; bitmaps are compiled in every shape
 
 
-@pytest.mark.parametrize(
-    ("file", "architecture"), [(file, target) for file, targets in compilation.TARGETS.items() for target in targets]
-)
-def test_a_kernel_compiles_for_its_targets(file, architecture):
-    assert compilation.cubin(file, (), architecture).startswith(ELF)
+def check_all_compile(jobs):
+    """Compile each (file, definitions, architecture), on all processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        binaries = pool.map(lambda job: compilation.cubin(job[0], tuple(dict(job[1]).items()), job[2]), jobs)
+        assert all(binary.startswith(ELF) for binary in binaries)
+
+
+@pytest.mark.parametrize("file", compilation.TARGETS)
+def test_a_kernel_compiles_for_its_targets(file):
+    check_all_compile((file, (), target) for target in compilation.TARGETS[file])
 
 
 @pytest.mark.parametrize("encoding", compilation.ENCODINGS)
@@ -32,9 +39,9 @@ def test_the_fused_kernel_compiles_on_hopper(encoding):
 
     tiles = (*ASYNC_TILES, SHORT_TILE, SHORTEST_TILE) if encoding == "bitmap16" else ENDS
     in_float16 = ((tile, 1) for tile in tiles[1:3] if encoding == "bitmap16")  # a synchronous and an asynchronous one
-    for tile, half in (*((tile, 0) for tile in tiles), *in_float16):
-        chosen = (*definitions(encoding, torch.bfloat16), ("HALF", half), *tile.definitions)
-        assert compilation.cubin("fused_linear.cu", tuple(dict(chosen).items()), "sm_90a").startswith(ELF)
+    fixed, both = definitions(encoding, torch.bfloat16), (*((tile, 0) for tile in tiles), *in_float16)
+    chosen = ((*fixed, ("HALF", half), *tile.definitions) for tile, half in both)
+    check_all_compile(("fused_linear.cu", each, "sm_90a") for each in chosen)
 
 
 @pytest.mark.parametrize("encoding", compilation.ENCODINGS)
@@ -43,9 +50,8 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
 
     dtypes = (torch.bfloat16, torch.float16) if encoding == "bitmap16" else (torch.bfloat16,)
     tiles = TILES_OF_ROWS if encoding == "bitmap16" else TILES_OF_ROWS[-1:]  # the larger one needs more of everything
-    for nt, dtype in itertools.product(tiles, dtypes):
-        chosen = definitions(encoding, dtype, NT=nt)
-        assert compilation.cubin("decoded_linear.cu", chosen, "sm_90a").startswith(ELF)
+    chosen = (definitions(encoding, dtype, NT=nt) for nt, dtype in itertools.product(tiles, dtypes))
+    check_all_compile(("decoded_linear.cu", each, "sm_90a") for each in chosen)
 
 
 @pytest.mark.parametrize("encoding", ["dense8", "dense4"])
@@ -57,8 +63,7 @@ def test_the_skinny_kernel_compiles_for_quantized_weights(encoding):
 
 
 def test_the_fused_kernel_compiles_for_older_gpus():
-    for tile in ENDS:
-        assert compilation.cubin("fused_linear.cu", tile.definitions, "sm_80").startswith(ELF)
+    check_all_compile(("fused_linear.cu", tile.definitions, "sm_80") for tile in ENDS)
 
 
 def test_every_kernel_file_has_its_targets():

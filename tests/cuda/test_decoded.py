@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda.matrices import SHAPES, adapters, error, exact, weight
+from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, weight
 
 pytestmark = pytest.mark.gpu
 
@@ -33,20 +33,22 @@ def cuts(product, batch):
 
 def check_decoded(packed, rank, batch, dtype=torch.bfloat16):
     low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
-    bias = torch.randn(packed.n_rows, device="cuda")
-    x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
+    bias = torch.randn(packed.n_rows, device=DEVICE)
+    x = torch.randn(batch, packed.n_columns, device=DEVICE).to(dtype)
     product = decoded(packed, low_rank, bias, dtype)
     expected, rows = exact(x, packed, low_rank, bias, dtype), product.weight.padded(x)
     for cut in cuts(product, batch):
         assert error(product(rows, cut), expected) < 5e-3, cut
 
 
+@pytest.mark.emulated(shape=[(1000, 712), (192, 576), (1, 8)], batch=[1, 65, 300])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", [1, 65, 128, 300, 1100])
 def test_decoded_weights_of_any_size_are_multiplied_however_they_are_cut(shape, batch):
     check_decoded(weight(*shape), 24, batch)
 
 
+@pytest.mark.emulated(sparsity=[0.3], encoding=["nf4"], dtype=[torch.bfloat16])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,13 +56,15 @@ def test_decoded_weights_of_every_encoding_and_sparsity_are_multiplied(sparsity,
     check_decoded(weight(1000, 712, sparsity, encoding), 16, 200, dtype)
 
 
+@pytest.mark.emulated(rank=[0, 80])
 @pytest.mark.parametrize("rank", [0, 7, 16, 64, 80, 256])
 def test_decoded_weights_and_any_rank_are_multiplied(rank):
     check_decoded(weight(2048, 1024), rank, 150)
 
 
+@pytest.mark.emulated
 def test_decoded_rows_with_nothing_or_everything_kept():
-    kept = torch.rand(700, 1024, device="cuda") > 0.5
+    kept = torch.rand(700, 1024, device=DEVICE) > 0.5
     kept[5], kept[6], kept[16:32], kept[300:600, :512] = False, True, False, True
     check_decoded(weight(700, 1024, kept=kept), 16, 150)
 
@@ -68,27 +72,28 @@ def test_decoded_rows_with_nothing_or_everything_kept():
 @pytest.mark.parametrize("batch", [128, 300])
 def test_decoded_weights_give_the_same_bits_a_hundred_times(batch):
     product = decoded(weight(4096, 4096), adapters(4096, 4096, 64), None)
-    x = torch.randn(batch, 4096, device="cuda").bfloat16()
+    x = torch.randn(batch, 4096, device=DEVICE).bfloat16()
     for cut in cuts(product, batch):
         first = product(x, cut)
         assert all(torch.equal(product(x, cut), first) for _ in range(100))
 
 
+@pytest.mark.emulated(value=[float("inf")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_stays_in_its_row_of_many(value):
     product = decoded(weight(2048, 1024), adapters(2048, 1024, 64), None)
-    x = torch.randn(200, 1024, device="cuda").bfloat16()
+    x = torch.randn(200, 1024, device=DEVICE).bfloat16()
     expected = product(x)
     x[150, 100] = value
     y = product(x)
     assert not y[150].isfinite().any()
-    others = torch.arange(200, device="cuda") != 150
+    others = torch.arange(200, device=DEVICE) != 150
     assert torch.equal(y[others], expected[others])
 
 
 def test_products_of_many_rows_are_captured():
     product = decoded(weight(2048, 2048), adapters(2048, 2048, 16), None)
-    x = torch.randn(200, 2048, device="cuda").bfloat16()
+    x = torch.randn(200, 2048, device=DEVICE).bfloat16()
     expected, stream, graph = product(product(x)), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):

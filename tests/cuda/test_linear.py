@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salr.runtime import reference
-from tests.cuda.matrices import SHAPES, adapters, error, exact, weight
+from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, weight
 
 pytestmark = pytest.mark.gpu
 BATCHES = [1, 2, 5, 8, 9, 16, 17, 32, 33, 64]
@@ -37,22 +37,24 @@ def one_launch_products(packed, low_rank, bias, dtype, batch):
 def check_fused(packed, rank, batch, dtype=torch.bfloat16, tolerance=5e-5):
     """Hold float32 and 16-bit outputs, both poisoned before, against float64."""
     low_rank = adapters(packed.n_rows, packed.n_columns, rank, dtype) if rank else None
-    bias = torch.randn(packed.n_rows, device="cuda")
-    x = torch.randn(batch, packed.n_columns, device="cuda").to(dtype)
+    bias = torch.randn(packed.n_rows, device=DEVICE)
+    x = torch.randn(batch, packed.n_columns, device=DEVICE).to(dtype)
     expected = exact(x, packed, low_rank, bias, dtype)
     for product in one_launch_products(packed, low_rank, bias, dtype, batch):
         wide = product.weight.padded(x).contiguous()
         for out_dtype, limit in ((torch.float32, tolerance), (dtype, 5e-3)):
-            out = torch.full((batch, packed.n_rows), torch.nan, device="cuda", dtype=out_dtype)
+            out = torch.full((batch, packed.n_rows), torch.nan, device=DEVICE, dtype=out_dtype)
             assert error(product(wide, out), expected) < limit
 
 
+@pytest.mark.emulated(shape=[(1000, 712), (192, 576), (300, 100), (1, 8)], batch=[1, 5, 9, 17, 33, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch):
     check_fused(weight(*shape), 24, batch)
 
 
+@pytest.mark.emulated(sparsity=[0.0, 0.95], batch=[1, 40])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 16, 40])
@@ -60,18 +62,21 @@ def test_every_encoding_and_sparsity_is_multiplied(sparsity, encoding, batch):
     check_fused(weight(1000, 712, sparsity, encoding), 16, batch, tolerance=1e-4)
 
 
+@pytest.mark.emulated(encoding=["fp16"], batch=[3])
 @pytest.mark.parametrize("encoding", ["fp16", "fp32", "bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [3, 16, 64])
 def test_float16_activations_are_multiplied(encoding, batch):
     check_fused(weight(640, 512, 0.5, encoding, 64), 24, batch, torch.float16, tolerance=1e-4)
 
 
+@pytest.mark.emulated(rank=[0, 80])
 @pytest.mark.parametrize("rank", [0, 1, 7, 16, 64, 80, 144, 256])
 @pytest.mark.parametrize("batch", [1, 33])
 def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
     check_fused(weight(2048, 1024), rank, batch)
 
 
+@pytest.mark.emulated(shape=[(1000, 712)])
 @pytest.mark.parametrize("rounds", [1, 10, 100])
 @pytest.mark.parametrize("shape", [(1000, 712), (2040, 1024)])
 def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
@@ -80,6 +85,7 @@ def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
         check_fused(weight(*shape), rank, 27)
 
 
+@pytest.mark.emulated(encoding=["bf16"], n_blocks=[7], batch=[8, 13])
 @pytest.mark.parametrize("n_blocks", [1, 3, 7])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 8, 13])
@@ -88,38 +94,40 @@ def test_a_thread_block_multiplies_many_row_pairs(n_blocks, encoding, batch):
     *_, product = one_launch_products(packed, low_rank, None, torch.bfloat16, batch)
     room = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     product._properties = SimpleNamespace(multi_processor_count=n_blocks, shared_memory_per_block_optin=room)
-    x = torch.randn(batch, 1024, device="cuda").bfloat16()
+    x = torch.randn(batch, 1024, device=DEVICE).bfloat16()
     for _ in range(3):
-        out = torch.full((batch, 2040), torch.nan, device="cuda")
+        out = torch.full((batch, 2040), torch.nan, device=DEVICE)
         assert error(product(x, out), exact(x, packed, low_rank, None)) < 1e-4
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("batch", [1, 64])
 def test_rows_and_units_with_nothing_or_everything_kept(batch):
-    kept = torch.rand(700, 1024, device="cuda") > 0.5
+    kept = torch.rand(700, 1024, device=DEVICE) > 0.5
     kept[5], kept[6], kept[16:32], kept[300:600, :512] = False, True, False, True
     check_fused(weight(700, 1024, kept=kept), 16, batch)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16, 64])
 def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
-    low_rank, bias = adapters(4096, 4096, 64), torch.randn(4096, device="cuda")
-    x = torch.randn(batch, 4096, device="cuda").bfloat16()
+    low_rank, bias = adapters(4096, 4096, 64), torch.randn(4096, device=DEVICE)
+    x = torch.randn(batch, 4096, device=DEVICE).bfloat16()
     for product in one_launch_products(weight(4096, 4096), low_rank, bias, torch.bfloat16, batch):
-        out = torch.empty(batch, 4096, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(batch, 4096, device=DEVICE, dtype=torch.bfloat16)
         first = product(x, out).clone()
         for _ in range(100):
             out.fill_(torch.nan)
             assert torch.equal(product(x, out), first)
 
 
+@pytest.mark.emulated(value=[float("inf")], batch=[1, 64])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
     low_rank = adapters(2048, 1024, 64)
     for product in one_launch_products(weight(2048, 1024), low_rank, None, torch.bfloat16, batch):
-        x = torch.randn(batch, 1024, device="cuda").bfloat16()
-        out = torch.zeros(batch, 2048, device="cuda")
+        x = torch.randn(batch, 1024, device=DEVICE).bfloat16()
+        out = torch.zeros(batch, 2048, device=DEVICE)
         expected = product(x, torch.zeros_like(out)).clone()
         x[batch - 1, 100] = value
         for _ in range(3):
@@ -130,12 +138,13 @@ def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
         assert product(x, out).isfinite().all()
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("batch", [4, 100])
 def test_x_may_begin_anywhere_in_its_buffer(batch):
     from salr.cuda.linear import linear
 
     packed, low_rank = weight(512, 256), adapters(512, 256, 16)
-    x = torch.randn(batch * 256 + 1, device="cuda").bfloat16()[1:].view(batch, 256)
+    x = torch.randn(batch * 256 + 1, device=DEVICE).bfloat16()[1:].view(batch, 256)
     assert error(linear(x, packed, low_rank), exact(x, packed, low_rank, None)) < 5e-3
 
 
@@ -147,7 +156,7 @@ def test_threads_take_turns():
     packed, low_rank = weight(1024, 1024), adapters(1024, 1024, 16)
     prepared, inputs = (
         prepare(packed, low_rank, None),
-        [torch.randn(m, 1024, device="cuda").bfloat16() for m in (3, 90)],
+        [torch.randn(m, 1024, device=DEVICE).bfloat16() for m in (3, 90)],
     )
     expected = [apply(prepared, x).clone() for x in inputs]
     torch.cuda.synchronize()
@@ -157,16 +166,18 @@ def test_threads_take_turns():
     assert all(torch.equal(y, expected[i % 2]) for i, y in enumerate(found))
 
 
+@pytest.mark.emulated(encoding=["bf16", "nf4"])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [65, 128, 300])
 def test_many_rows_are_multiplied(encoding, batch):
     from salr.cuda.linear import linear
 
     packed, low_rank = weight(1500, 1000, 0.5, encoding), adapters(1500, 1000, 20)
-    x, bias = torch.randn(batch, 1000, device="cuda").bfloat16(), torch.randn(1500, device="cuda")
+    x, bias = torch.randn(batch, 1000, device=DEVICE).bfloat16(), torch.randn(1500, device=DEVICE)
     assert error(linear(x, packed, low_rank, bias), exact(x, packed, low_rank, bias)) < 6e-3
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 def test_expansion_is_bit_equal_to_the_reference(encoding):
     from salr.cuda.device_layout import lay_out
@@ -174,7 +185,7 @@ def test_expansion_is_bit_equal_to_the_reference(encoding):
 
     packed = weight(700, 1000, 0.5, encoding)
     slabs = lay_out(packed, torch.bfloat16)
-    dense = torch.full((700, slabs.padded_columns), torch.nan, device="cuda", dtype=torch.bfloat16)
+    dense = torch.full((700, slabs.padded_columns), torch.nan, device=DEVICE, dtype=torch.bfloat16)
     Expansion(slabs)(dense, 0)
     expected = reference.dense(packed)
     if encoding == "bf16":
@@ -188,7 +199,7 @@ def test_expansion_is_bit_equal_to_the_reference(encoding):
 def test_products_are_captured_and_run_on_several_streams(kernel):
     low_rank = adapters(1024, 1024, 16)
     products = [one_launch_products(weight(1024, 1024), low_rank, None, torch.bfloat16, 4)[kernel] for _ in range(2)]
-    x, y = (torch.randn(4, 1024, device="cuda").bfloat16() for _ in range(2))
+    x, y = (torch.randn(4, 1024, device=DEVICE).bfloat16() for _ in range(2))
     expected = products[1](products[0](x, torch.empty_like(x)), torch.empty_like(x)).clone()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     middle = torch.empty_like(x)
@@ -211,7 +222,7 @@ def test_graphs_of_a_product_that_was_never_made_before_are_replayed_in_any_orde
     from salr.cuda.linear import apply, prepare
 
     packed, low_rank = weight(1024, 1024), adapters(1024, 1024, 16)
-    prepared, x = prepare(packed, low_rank, None), torch.randn(batch, 1024, device="cuda").bfloat16()
+    prepared, x = prepare(packed, low_rank, None), torch.randn(batch, 1024, device=DEVICE).bfloat16()
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     made = []
     for graph in graphs:
@@ -242,10 +253,10 @@ def test_sparse_tensor_cores_give_the_product_of_2_4_weights(rank, batch, monkey
     if not torch.backends.cusparselt.is_available():
         pytest.skip("torch was built without cuSPARSELt")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "1")
-    kept = torch.rand(512, 192, 4, device="cuda").argsort(2) < 2
+    kept = torch.rand(512, 192, 4, device=DEVICE).argsort(2) < 2
     packed = dataclasses.replace(weight(512, 768, kept=kept.flatten(1)), pattern="2:4")
-    low_rank, bias = adapters(512, 768, rank) if rank else None, torch.randn(512, device="cuda")
-    x = torch.randn(batch, 768, device="cuda").bfloat16()
+    low_rank, bias = adapters(512, 768, rank) if rank else None, torch.randn(512, device=DEVICE)
+    x = torch.randn(batch, 768, device=DEVICE).bfloat16()
     prepared = linear.prepare(packed, low_rank, bias)
     assert isinstance(prepared.product(x.device, x.dtype).expanded, SemiStructuredProduct)
     assert error(linear.apply(prepared, x), exact(x, packed, low_rank, bias)) < 5e-3

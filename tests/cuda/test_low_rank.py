@@ -9,6 +9,8 @@ from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments, scaled_A
 from salr.cuda.stacking import Layer, Ranks, stack_ranks
 
+from tests.cuda.matrices import DEVICE
+
 
 def ranks(n_rows, n_columns, rank):
     lora_a, lora_b = torch.randn(rank, n_columns).bfloat16(), torch.randn(n_rows, rank).bfloat16()
@@ -74,11 +76,12 @@ def test_a_stacked_layers_rows_use_its_own_ranks():
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated
 @pytest.mark.parametrize("shape", [(1, 128), (77, 384), (300, 4096)])
 def test_u_stands_beside_x(shape):
     torch.manual_seed(0)
-    factors = FragmentFactors(fragments(layer(256, shape[1], 24, "cuda").adapters, torch.bfloat16))
-    x = torch.randn(shape, device="cuda").bfloat16()
+    factors = FragmentFactors(fragments(layer(256, shape[1], 24, DEVICE).adapters, torch.bfloat16))
+    x = torch.randn(shape, device=DEVICE).bfloat16()
     wide = Beside(factors.scaled_A)(x)
     assert torch.equal(wide[:, : shape[1]], x)
     torch.testing.assert_close(wide[:, shape[1] :], x @ factors.scaled_A.T)

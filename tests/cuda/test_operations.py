@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from salr.runtime import layer_operations as twins
+from tests.cuda.matrices import DEVICE
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -93,15 +94,16 @@ def close(got, expected, ulps=1):
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated(dtype=[torch.bfloat16], hidden=[576, 8192])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [8, 576, 4096, 8192, 14336])
 @pytest.mark.parametrize("rows", [1, 33])
 def test_add_norm_equals_llamas_own_modules(kernels, dtype, hidden, rows):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    norm = LlamaRMSNorm(hidden, eps=1e-5).to("cuda", dtype)
-    norm.weight.data = normal(hidden, dtype=dtype, device="cuda")
-    x, residual = (normal(rows, hidden, dtype=dtype, device="cuda") for _ in range(2))
+    norm = LlamaRMSNorm(hidden, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.data = normal(hidden, dtype=dtype, device=DEVICE)
+    x, residual = (normal(rows, hidden, dtype=dtype, device=DEVICE) for _ in range(2))
     summed, normed = kernels.add_norm(x, residual, norm.weight, 1e-5)
     assert torch.equal(summed, residual + x)
     # The sum of squares is added in another order: a factor one unit off may round each of two products differently.
@@ -112,27 +114,29 @@ def test_add_norm_equals_llamas_own_modules(kernels, dtype, hidden, rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated(dtype=[torch.bfloat16], rows=[1, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 1536), (32, 14336), (300, 2056)])
 def test_gated_equals_llamas_own_activation(kernels, dtype, rows, columns):
-    gate_up = normal(rows, 2 * columns, dtype=dtype, device="cuda") * 4
+    gate_up = normal(rows, 2 * columns, dtype=dtype, device=DEVICE) * 4
     close(kernels.gated(gate_up), twins.gated(gate_up))
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated(dtype=[torch.bfloat16], d=[64], sequences=[2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "kv", "sequences", "rows"), [(4, 2, 3, 1), (7, 1, 2, 5), (32, 8, 1, 1)])
 @pytest.mark.parametrize("with_norms", [False, True])
 def test_rotary_equals_its_twin_and_leaves_other_slots_alone(kernels, dtype, d, heads, kv, sequences, rows, with_norms):
     torch.manual_seed(heads)
-    qkv = normal(sequences * rows, (heads + 2 * kv) * d, dtype=dtype, device="cuda")
-    slots = torch.randint(0, 20, (sequences,), dtype=torch.int32, device="cuda")
-    starts = torch.minimum(slots, torch.tensor(3, device="cuda", dtype=torch.int32))
-    caches = [[torch.full((sequences, kv, 40, d), torch.nan, dtype=dtype, device="cuda") for _ in "kv"] for _ in "ab"]
-    norms = (normal(d, dtype=dtype, device="cuda"), normal(d, dtype=dtype, device="cuda"), 1e-6) if with_norms else None
+    qkv = normal(sequences * rows, (heads + 2 * kv) * d, dtype=dtype, device=DEVICE)
+    slots = torch.randint(0, 20, (sequences,), dtype=torch.int32, device=DEVICE)
+    starts = torch.minimum(slots, torch.tensor(3, device=DEVICE, dtype=torch.int32))
+    caches = [[torch.full((sequences, kv, 40, d), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"] for _ in "ab"]
+    norms = (normal(d, dtype=dtype, device=DEVICE), normal(d, dtype=dtype, device=DEVICE), 1e-6) if with_norms else None
     both = [
-        module.rotary(qkv, *tables(d, dtype, "cuda"), *cache, slots, starts, norms)
+        module.rotary(qkv, *tables(d, dtype, DEVICE), *cache, slots, starts, norms)
         for module, cache in zip((kernels, twins), caches, strict=True)
     ]
     for got, expected in zip([both[0], *caches[0]], [both[1], *caches[1]], strict=True):
@@ -145,15 +149,16 @@ def test_rotary_equals_its_twin_and_leaves_other_slots_alone(kernels, dtype, d, 
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated(dtype=[torch.bfloat16], d=[64, 128], sequences=[3], capacity=[300], heads=[14, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "heads", "kv"), [(128, 32, 8), (64, 14, 2), (128, 8, 8), (256, 8, 1), (64, 24, 8)])
 @pytest.mark.parametrize("sequences", [1, 3, 32])
 @pytest.mark.parametrize(("capacity", "window"), [(40, None), (300, None), (2048, None), (300, 17)])
 def test_attention_equals_float32_attention(kernels, dtype, d, heads, kv, sequences, capacity, window):
     torch.manual_seed(capacity + sequences)
-    q = normal(sequences, heads, d, dtype=dtype, device="cuda")
-    k, v = (normal(sequences, kv, capacity, d, dtype=dtype, device="cuda") for _ in range(2))
-    slots = torch.randint(0, capacity, (sequences,), dtype=torch.int32, device="cuda")
+    q = normal(sequences, heads, d, dtype=dtype, device=DEVICE)
+    k, v = (normal(sequences, kv, capacity, d, dtype=dtype, device=DEVICE) for _ in range(2))
+    slots = torch.randint(0, capacity, (sequences,), dtype=torch.int32, device=DEVICE)
     slots[0], starts = capacity - 1, slots // 3
     for s in range(sequences):  # what is not in use must not matter
         k[s, :, : starts[s]] = v[s, :, : starts[s]] = torch.nan
@@ -169,10 +174,10 @@ def test_attention_equals_float32_attention(kernels, dtype, d, heads, kv, sequen
 @pytest.mark.gpu
 def test_a_captured_step_follows_slots_that_change_on_the_device(kernels):
     d, heads, kv, capacity = 128, 8, 2, 96
-    qkv = normal(2, (heads + 2 * kv) * d, device="cuda")
-    cos, sin = tables(d, torch.bfloat16, "cuda", capacity)
-    k, v = (torch.zeros(2, kv, capacity, d, dtype=torch.bfloat16, device="cuda") for _ in "kv")
-    slots, starts = torch.tensor([5, 9], dtype=torch.int32, device="cuda"), torch.zeros(2, dtype=torch.int32).cuda()
+    qkv = normal(2, (heads + 2 * kv) * d, device=DEVICE)
+    cos, sin = tables(d, torch.bfloat16, DEVICE, capacity)
+    k, v = (torch.zeros(2, kv, capacity, d, dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
+    slots, starts = torch.tensor([5, 9], dtype=torch.int32, device=DEVICE), torch.zeros(2, dtype=torch.int32).to(DEVICE)
 
     def step(module, k, v, slots):
         q = module.rotary(qkv, cos, sin, k, v, slots, starts)

@@ -13,6 +13,8 @@ from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments
 from salr.cuda.stacking import Layer, Ranks
 
+from tests.cuda.matrices import DEVICE
+
 
 def fake_slabs(n_rows, n_columns=200, encoding="bitmap16", dtype=torch.bfloat16, seed=0):
     """Return slabs of random sizes with random bytes: nothing here looks into them."""
@@ -88,6 +90,7 @@ def test_what_cannot_be_stacked_is_told(layers, reason):
 
 
 @pytest.mark.gpu
+@pytest.mark.emulated(encoding=["bf16"], batch=[1, 100])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 5, 32, 100, 300])
 @pytest.mark.parametrize("given", [(64, 64, 64), (16, None, 40), (None, None, None)])
@@ -99,16 +102,16 @@ def test_a_stacked_product_equals_each_layers_reference(encoding, batch, given):
 
     torch.manual_seed(batch)
     rows, n_columns = [512, 256, 300], 384
-    dense = [torch.randn(n, n_columns, device="cuda") * 0.02 for n in rows]
+    dense = [torch.randn(n, n_columns, device=DEVICE) * 0.02 for n in rows]
     weights = [pack(w, torch.rand_like(w) < 0.5, encoding) for w in dense]
     adapters = [
-        None if r is None else Ranks(*(t.to("cuda") * 0.05 for t in (*vars(ranks(r, n, n_columns)).values(),)))
+        None if r is None else Ranks(*(t.to(DEVICE) * 0.05 for t in (*vars(ranks(r, n, n_columns)).values(),)))
         for n, r in zip(rows, given, strict=True)
     ]
-    biases = [torch.randn(512, device="cuda"), None, torch.randn(300, device="cuda")]
-    product = linear.stack(weights, adapters, biases, torch.bfloat16, torch.device("cuda", 0))
+    biases = [torch.randn(512, device=DEVICE), None, torch.randn(300, device=DEVICE)]
+    product = linear.stack(weights, adapters, biases, torch.bfloat16, torch.device(DEVICE))
     assert product is not None
-    x = torch.randn(batch, n_columns, device="cuda").to(torch.bfloat16)
+    x = torch.randn(batch, n_columns, device=DEVICE).to(torch.bfloat16)
     got = product(x)
     expected = torch.cat(
         [reference.linear(x.float(), *layer) for layer in zip(weights, adapters, biases, strict=True)], 1

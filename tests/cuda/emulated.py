@@ -1,0 +1,128 @@
+"""The kernels without a GPU: the same sources, compiled for the CPU by emulator/, launched by the same Python.
+
+Invariant: what is emulated is the kernels' logic, with threads in an order that a seed decides and copies that come
+late; speed, caches and what a GPU orders by itself are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from salr.cuda import compilation, expanded, launching, linear, operations, sums
+
+from salr.onnx.library import find_compiler
+
+EMULATOR = Path(__file__).parent / "emulator"
+BUILT = Path(__file__).parents[2] / "build" / "emulated"
+FLAGS = ("-std=c++20", "-O1", "-w", "-fPIC", "-pthread", "-fno-strict-aliasing", "-fwrapv")
+SHARED_BYTES = 227 << 10
+_KERNEL = re.compile(
+    r'extern "C" __global__ void\s+(?:__cluster_dims__\((\w+)[^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
+)
+_DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
+
+
+def compiled(file: str, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """Return a kernel's file compiled for the CPU, as a library of ``launch_<kernel>``."""
+    source = compilation.source(file)
+    kernels = "".join(f"\nKERNEL({name}, {cluster or 1})" for cluster, name in _KERNEL.findall(source))
+    text = '#include "gpu.h"\n' + _DYNAMIC.sub(r"\1* const \2 = (\1*)gpu::dynamic;", source) + kernels + "\n"
+    options = [f"-D{name}={value}" for name, value in definitions]
+    headers = {path.name: path for folder in (compilation.KERNELS, EMULATOR) for path in folder.glob("*.*h")}
+    library = _made(
+        text, ["-shared", *options, str(_made((EMULATOR / "gpu.cpp").read_text(), ["-c"], headers))], headers
+    )
+    return _loaded(library)
+
+
+def _made(text: str, options: list[str], headers: dict[str, Path]) -> Path:
+    """Return what the compiler makes of a source, of the same source, headers and options once."""
+    command = [find_compiler(), *FLAGS, *options]
+    facts = repr([text, command, *(headers[name].read_text(encoding="utf-8") for name in sorted(headers))])
+    folder = BUILT / hashlib.sha256(facts.encode()).hexdigest()[:24]
+    made = folder / "made"
+    if not made.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in headers.items():
+            (folder / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "main.cpp").write_text(text, encoding="utf-8")
+        subprocess.run([*command[:1], "main.cpp", *command[1:], "-o", "partial"], cwd=folder, check=True)
+        (folder / "partial").replace(made)
+    return made
+
+
+@functools.cache
+def _loaded(library: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(library))
+    found.what_was_wrong.restype = ctypes.c_char_p
+    return found
+
+
+class Driver:
+    """Launches as CUDA's driver does, kernels that were ``made`` here; each in another order of threads."""
+
+    def __init__(self, architecture: int, seed: int) -> None:
+        self._architecture, self._seeds = architecture, itertools.count(seed)
+        self._kernels: list[tuple[ctypes.CDLL, str]] = []
+
+    def made(self, file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int | None) -> Any:
+        """Return a kernel, as ``compilation.function`` does."""
+        library = compiled(file, (("__CUDA_ARCH__", self._architecture), *definitions))
+        self._kernels.append((library, name))
+        return compilation.Function(len(self._kernels), 0)
+
+    def cuLaunchKernelEx(self, address: int, function: ctypes.c_void_p, arguments: Any, _: None) -> int:
+        """Run a kernel to its end.
+
+        Raises:
+            AssertionError: the emulator's complaint.
+        """
+        configuration = launching._Configuration.from_address(address)
+        library, name = self._kernels[(function.value or 0) - 1]
+        seed = ctypes.c_ulonglong(next(self._seeds))
+        status = getattr(library, f"launch_{name}")(
+            configuration.grid, configuration.block[0], configuration.shared_bytes, arguments, seed
+        )
+        assert status == 0, f"{name}: {library.what_was_wrong().decode()}"
+        return 0
+
+
+@contextlib.contextmanager
+def emulation(capability: tuple[int, int] = (9, 0), n_sms: int = 6, seed: int = 0) -> Iterator[None]:
+    """Run kernels on tensors in host memory, as if on a GPU of this capability with so many multiprocessors."""
+    driver = Driver(100 * capability[0] + 10 * capability[1], seed)
+    properties = SimpleNamespace(
+        multi_processor_count=n_sms, shared_memory_per_block_optin=SHARED_BYTES,
+        shared_memory_per_multiprocessor=SHARED_BYTES + 1024,
+    )  # fmt: skip
+    users = [
+        module for name, module in sys.modules.items() if name.startswith("salr.cuda.") and "function" in vars(module)
+    ]
+    with contextlib.ExitStack() as stack:
+        for module in users:
+            stack.enter_context(mock.patch.object(module, "function", driver.made))
+        for name, answer in (
+            ("current_device", 0), ("get_device_properties", properties), ("get_device_capability", capability),
+            ("is_current_stream_capturing", False), ("synchronize", None),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
+        stack.enter_context(mock.patch.object(launching, "driver", lambda: driver))
+        stack.enter_context(mock.patch.object(linear, "reason_unusable", lambda: None))
+        for workspaces in (sums._known, expanded._known_buffers, operations._workspace, operations._splits):
+            workspaces.cache_clear()  # a launch that failed may leave them as no other may find them
+            stack.callback(workspaces.cache_clear)
+        yield

@@ -1,0 +1,112 @@
+"""What only an emulator can do: other orders of threads, older GPUs, and broken kernels, which it has to refuse."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from salr.cuda import compilation, fused
+from salr.cuda.device_layout import lay_out
+from salr.cuda.fused import FusedProduct
+from salr.cuda.launching import Launch
+from salr.cuda.low_rank import fragments
+
+from tests.cuda import emulated, matrices
+from tests.cuda.test_decoded import cuts, decoded
+from tests.cuda.test_linear import check_fused, one_launch_products
+
+pytestmark = pytest.mark.skipif(matrices.DEVICE != "cpu", reason="there is a GPU, and tensors are made there")
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("batch", [1, 9, 40])
+def test_products_give_the_same_bits_in_any_order_of_threads(batch):
+    low_rank, bias = matrices.adapters(1000, 712, 24), torch.randn(1000)
+    packed, x = matrices.weight(1000, 712), torch.randn(batch, 712).bfloat16()
+    for product in one_launch_products(packed, low_rank, bias, torch.bfloat16, batch):
+        wide = product.weight.padded(x).contiguous()
+        found = {bytes(product(wide, torch.empty(batch, 1000)).numpy()) for _ in range(5)}
+        assert len(found) == 1
+    product = decoded(packed, low_rank, bias)
+    for cut in cuts(product, batch):
+        assert len({bytes(product(wide, cut).view(torch.uint8).numpy()) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize(("encoding", "batch"), [("bf16", 1), ("nf4", 40)])
+def test_the_fused_product_is_right_on_older_gpus(encoding, batch):
+    with emulated.emulation(capability=(8, 0)):
+        check_fused(matrices.weight(1000, 712, 0.5, encoding), 24, batch, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("n_sms", [1, 2, 13])
+def test_the_fused_product_is_right_on_any_number_of_multiprocessors(n_sms):
+    packed, low_rank = matrices.weight(1000, 712), matrices.adapters(1000, 712, 24)
+    x = torch.randn(5, 712).bfloat16()
+    with emulated.emulation(n_sms=n_sms):
+        product = FusedProduct(lay_out(packed, torch.bfloat16), fragments(low_rank, torch.bfloat16), None)
+        y = product(product.weight.padded(x).contiguous(), torch.full((5, 1000), torch.nan))
+    assert matrices.error(y, matrices.exact(x, packed, low_rank, None)) < 5e-5
+
+
+KERNEL = """
+#define NT 2
+#include "wgmma.cuh"
+extern "C" __global__ void __launch_bounds__(32) broken(const uint4* from, float* to) {
+  extern __shared__ __align__(128) u8 memory[];
+  __shared__ __align__(8) u64 full;
+  const int lane = threadIdx.x & 31;
+  const u32 place = shared_address(memory), bar = shared_address(&full);
+  if (lane == 0) barrier_init(bar, 1);
+  __syncthreads();
+  if (lane == 0) barrier_expect(bar, 512), bulk_copy(place, from, 512, bar);
+  BODY
+}
+"""
+RIGHT = "barrier_wait(bar, 0); to[lane] = widen(lds16(place + 2 * lane));"
+PRODUCT = """barrier_wait(bar, 0);
+  float d[NT][4] = {};
+  const u32 a[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+  wgmma(d, a, x_descriptor(place));
+  wgmma_commit();
+  WAIT
+  to[lane] = d[0][0];"""
+
+
+def run(monkeypatch, tmp_path, body):
+    """Return 32 floats that a kernel makes of 256 ones."""
+    for header in compilation.KERNELS.glob("*.cuh"):
+        (tmp_path / header.name).write_text(header.read_text())
+    (tmp_path / "broken.cu").write_text(KERNEL.replace("BODY", body))
+    monkeypatch.setattr(compilation, "KERNELS", tmp_path)
+    x, y = torch.ones(256, dtype=torch.bfloat16), torch.zeros(32)
+    with emulated.emulation():
+        kernel = fused.function("broken.cu", "broken", (), None)
+        Launch(kernel, (1, 1, 1), 32, 1024, [ctypes.c_void_p(t.data_ptr()) for t in (x, y)])(0)
+    return y
+
+
+def test_a_copy_and_a_product_that_are_waited_for_are_there(monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, RIGHT).tolist() == [1.0] * 32
+    y = run(monkeypatch, tmp_path, PRODUCT.replace("WAIT", "wgmma_wait<0>();"))
+    assert y.tolist() == [16.0] * 32
+
+
+def test_a_product_that_is_not_waited_for_is_not_there(monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, PRODUCT.replace("WAIT", "")).tolist() == [0.0] * 32
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("", "outlives its thread block"),
+        (RIGHT + "lds32(place + 2);", "4 bytes at 2 of 1024"),
+        (RIGHT + "lds128(place + 1024);", "16 bytes at 1024 of 1024"),
+        (RIGHT + "if (lane < 7) __syncwarp(); else transposed(0);", "different operations"),
+        ("if (lane == 0) barrier_arrive(bar);", "more arrivals"),
+        (RIGHT + "if (lane == 0) bulk_copy(place + 8, from, 16, bar);", "a copy of 16 bytes"),
+    ],
+)
+def test_broken_kernels_are_refused(monkeypatch, tmp_path, body, complaint):
+    with pytest.raises(AssertionError, match=complaint):
+        run(monkeypatch, tmp_path, body)
