@@ -66,25 +66,25 @@ class FragmentFactors:
 
 
 class Beside:
-    """[x | x A^T] (M, K + ranks) for x (M, K) and A (ranks, K); K and ranks are multiples of 8."""
+    """[x | 0 | x A^T] (M, K padded + ranks) for x (M, K) and A (ranks, K padded); all are multiples of 8."""
 
     def __init__(self, a: torch.Tensor) -> None:
         self._a, (ranks, self._columns) = a.T, a.shape
         self._wide_columns, self._chunks = self._columns + ranks, self._columns // 8
-        self._from, self._to = ctypes.c_void_p(), ctypes.c_void_p()
+        self._from, self._to, self._chunks_of_x = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (M, K), contiguous, beside its product."""
         wide = x.new_empty(x.shape[0], self._wide_columns)
-        self._from.value, self._to.value = x.data_ptr(), wide.data_ptr()
+        self._from.value, self._to.value, self._chunks_of_x.value = x.data_ptr(), wide.data_ptr(), x.shape[1] // 8
         self._launch.over(x.shape[0], -(-self._chunks // 256))(stream_of(x))
-        torch.mm(x, self._a, out=wide[:, self._columns :])
+        torch.mm(x, self._a[: x.shape[1]], out=wide[:, self._columns :])
         return wide
 
     @functools.cached_property
     def _launch(self) -> Launch:
         sizes = map(ctypes.c_int, (self._chunks, self._wide_columns))
-        return _launch("copy_rows", self._a.device, 256, [self._from, self._to, *sizes])
+        return _launch("copy_rows", self._a.device, 256, [self._from, self._to, self._chunks_of_x, *sizes])
 
 
 def _launch(name: str, device: torch.device, n_threads: int, arguments: list[Any]) -> Launch:

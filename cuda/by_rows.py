@@ -38,7 +38,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class ProductByRows:
-    """y = x W^T + adapters + bias for x (M, K padded) of any M.
+    """y = x W^T + adapters + bias for x (M, x_columns) of any M.
 
     Args:
         weight: the slabs.

@@ -91,7 +91,7 @@ class _Arguments(ctypes.Structure):
 
 
 class DecodedProduct:
-    """y = x W^T + u B^T + bias, u = (x A^T) scaling, for x (M, K padded) of any M.
+    """y = x W^T + u B^T + bias, u = (x A^T) scaling, for x (M, x_columns) of any M.
 
     Args:
         weight: the slabs, on a GPU of compute capability 9.0.
@@ -113,7 +113,7 @@ class DecodedProduct:
         self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K padded), contiguous, in its dtype.
+        """Return the product (M, N) of x (M, x_columns), contiguous, in its dtype.
 
         ``shape``: of ``shape_for``'s kinds, for as many tiles as x has; chosen by an estimate unless given.
         """
@@ -176,18 +176,19 @@ def halves(weight: SlabWeight) -> torch.Tensor:
 
 
 class _InputArguments(ctypes.Structure):
-    _fields_ = fields("x lora_a scaling x_out u_out", "batch tile_rows n_slabs rank_tiles")
+    _fields_ = fields("x lora_a scaling x_out u_out", "batch n_columns tile_rows n_slabs rank_tiles")
 
 
 class _TilesOfInput:
     """The launch that gives x and u = (x A^T) * scaling in the order of asynchronous products, by tiles of rows."""
 
     def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
+        self._columns = weight.padded_columns
         self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
         of_adapters = addresses(adapters)
         self._arguments = _InputArguments(
             lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"],
-            n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
+            n_columns=weight.x_columns, n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
         )  # fmt: skip
         half = int(weight.dtype == torch.float16)
         handle = function("tiles_of_x.cu", "tiles_of_x", (("HALF", half),), weight.slabs.device.index)
@@ -195,8 +196,8 @@ class _TilesOfInput:
         self._launch = Launch(handle, (1, 1, 1), 256, shared_bytes, [self._arguments])
 
     def __call__(self, x: torch.Tensor, n_tiles: int, rows: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x (M, K padded) and its u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
-        x_out, u_out = x.new_empty(n_tiles * rows, x.shape[1]), x.new_empty(n_tiles * rows, self._ranks)
+        """Return x (M, x_columns) and its u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
+        x_out, u_out = x.new_empty(n_tiles * rows, self._columns), x.new_empty(n_tiles * rows, self._ranks)
         arguments = self._arguments
         arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
         arguments.batch, arguments.tile_rows = x.shape[0], rows

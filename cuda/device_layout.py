@@ -17,6 +17,8 @@ from .launching import Launch, address, fields, stream_of
 
 BLOCK_ROWS, SLAB_COLUMNS, UNITS = 256, 64, 16
 COLUMN_MULTIPLE = 128
+#: of x: what is copied at once
+_X_COLUMN_MULTIPLE = 8
 HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
 _RESERVED_BYTES = 1024 + 512
 _DENSE_BYTES = {"dense16": 2048, "dense8": 1024, "dense4": 512}
@@ -71,12 +73,17 @@ class SlabWeight:
 
     @property
     def padded_columns(self) -> int:
-        """K, padded: how many columns x must have."""
+        """K, padded: how many columns the slabs have."""
         return padded_columns(self.n_columns)
 
+    @property
+    def x_columns(self) -> int:
+        """K, rounded up to a multiple of 8: how many columns kernels read of x; beyond them slabs meet zeros."""
+        return -(-self.n_columns // _X_COLUMN_MULTIPLE) * _X_COLUMN_MULTIPLE
+
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (M, K) with columns of zeros up to K padded."""
-        missing = self.padded_columns - x.shape[1]
+        """Return x (M, K) with columns of zeros up to ``x_columns``."""
+        missing = self.x_columns - x.shape[1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
     @property

@@ -28,7 +28,7 @@ _TILES_BYTES = 16 * 16 * 144
 
 
 class ExpandedProduct:
-    """y = x W^T + adapters + bias for x (M, K padded) of any M, and the gradient of x.
+    """y = x W^T + adapters + bias for x (M, K) of any M, and the gradient of x.
 
     A part of the weight is dense as [W | B], its rows' columns padded.
     """
@@ -44,7 +44,7 @@ class ExpandedProduct:
         self._whole: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K padded), a part of the weight at a time."""
+        """Return the product (M, N) of x (M, K), a part of the weight at a time."""
         n_rows, rows = self.weight.n_rows, _rows_of_part(self._n_columns, self.weight.n_row_blocks)
         buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
         if rows >= n_rows:
@@ -102,16 +102,16 @@ class ExpandedProduct:
 
     def _factors_of(self, dense: torch.Tensor) -> list[torch.Tensor]:
         """Return what ``_sides`` are multiplied by, of rows of [W | B]: all of them, or W and B."""
-        if self.factors is None or self._copies_x:
+        if self._copies_x:
             return [dense.T]
-        columns = self.weight.padded_columns
-        return [dense[:, :columns].T, dense[:, columns:].T]
+        of_x = dense[:, : self.weight.x_columns].T
+        return [of_x] if self.factors is None else [of_x, dense[:, self.weight.padded_columns :].T]
 
     def _sides(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return [x | u] whole, or x and u where y is smaller than x."""
         if self.factors is None:
             return [x]
-        return [self._beside(x)] if self._copies_x else [x, x @ self.factors.scaled_A.T]
+        return [self._beside(x)] if self._copies_x else [x, x @ self.factors.scaled_A[:, : x.shape[1]].T]
 
     def _multiply(
         self,

@@ -110,7 +110,7 @@ class _Plan:
 
 
 class FusedProduct:
-    """y = x W^T + adapters + bias for x (M, K padded), one launch for 64 rows.
+    """y = x W^T + adapters + bias for x (M, x_columns), one launch for 64 rows.
 
     Args:
         weight: the slabs.
@@ -133,7 +133,7 @@ class FusedProduct:
         ] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it.
+        """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
 
         More than 64 rows are multiplied 64 at a time.
         """
@@ -172,7 +172,7 @@ class FusedProduct:
             slabs=address(weight.slabs), slab_offsets=address(weight.offsets), schedule=address(plan.schedule),
             sharers=address(plan.sharers), bias=address(self.bias), partial=address(partial),
             u_partial=address(u_partial), counters=address(counters),
-            n_rows=weight.n_rows, n_columns=weight.padded_columns, slabs_per_block=weight.n_slabs,
+            n_rows=weight.n_rows, n_columns=weight.x_columns, slabs_per_block=weight.n_slabs,
             rank_tiles=adapters.n_tiles if adapters else 0,
             block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,
             stage_bytes=plan.stage_bytes, stages=plan.stages, x_rows=plan.x_rows,
@@ -238,13 +238,13 @@ class Arrangement:
     def __init__(self, arranged: torch.Tensor, weight: SlabWeight, n_rows: int) -> None:
         self._arranged = arranged
         self._x, self._batch = ctypes.c_void_p(), ctypes.c_int()
-        sizes = (n_rows, weight.n_slabs, weight.padded_columns)
+        sizes = (n_rows, weight.n_slabs, weight.x_columns)
         arguments = [self._x, ctypes.c_void_p(arranged.data_ptr()), self._batch, *map(ctypes.c_int, sizes)]
         handle = function("arrange_x.cu", "arrange_x", (), arranged.device.index)
         self._launch = Launch(handle, (-(-weight.n_slabs * 8 * n_rows // 256), 1, 1), 256, 0, arguments)
 
     def __call__(self, x: torch.Tensor, stream: int) -> int:
-        """Arrange x (M, K padded) and return where it lies."""
+        """Arrange x (M, x_columns) and return where it lies."""
         self._x.value, self._batch.value = x.data_ptr(), x.shape[0]
         self._launch(stream)
         return self._arranged.data_ptr()

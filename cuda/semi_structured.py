@@ -38,11 +38,12 @@ class SemiStructuredProduct(ExpandedProduct):
         self._algorithms: dict[int, tuple[int, int, int]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K padded)."""
+        """Return the product (M, N) of x (M, K)."""
         if x.shape[0] < LEAST_ROWS:
             return super().__call__(x)
+        columns = self.weight.padded_columns - x.shape[1] if self.factors is None else 0
         missing = -x.shape[0] % _ROW_MULTIPLE
-        rows = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+        rows = torch.nn.functional.pad(x, (0, columns, 0, missing)) if missing or columns else x
         if self.factors is not None:
             rows = self._beside_spread(rows)
         algorithm, split_k, mode = self._algorithm(rows)

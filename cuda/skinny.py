@@ -79,7 +79,7 @@ LARGEST_BATCH = 8 * TILES[-1].NT
 
 
 class SkinnyProduct:
-    """y = x W^T + adapters + bias for x (M <= most_rows, K padded), one launch.
+    """y = x W^T + adapters + bias for x (M <= most_rows, x_columns), one launch.
 
     Args:
         weight: the slabs.
@@ -123,7 +123,7 @@ class SkinnyProduct:
         return int(self._properties.shared_memory_per_block_optin) - taken
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the product of x (M, K padded) to ``out`` (M, N), in x's dtype or float32, and return it.
+        """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
 
         Raises:
             ValueError: M is 0 or more than ``most_rows``.
@@ -158,7 +158,7 @@ class SkinnyProduct:
         arguments = _Arguments(
             slabs=address(weight.slabs), items=address(items), bias=address(self.bias), partial=address(partial),
             u_partial=address(u_partial), counters=address(counters), n_rows=weight.n_rows,
-            n_columns=weight.padded_columns, batch=batch, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
+            n_columns=weight.x_columns, batch=batch, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
             block_steps=adapters.block_tiles if adapters else 0, a_parts=_PARTS_OF_A, item_bytes=item_bytes,
             depth=depth, x_shift=_chunk_shift(weight.n_slabs), **addresses(adapters), **shares(n_items, n_blocks),
         )  # fmt: skip

@@ -21,7 +21,7 @@ struct Arguments {
   const float* scaling;  // [rank_tiles * 16]
   const int* first_step; // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;     // [N] or null
-  const u8* x;           // [M, K] 16-bit
+  const u8* x;           // [M, n_columns] 16-bit
   void* y;               // [M, N] 16-bit, or float32 where `wide`
   float4* partial;       // [grid][2 units][NT][32 lanes], empty between launches
   float4* u_partial;     // [2][a_parts][rank_tiles][NT][32 lanes], in turns; empty at first
@@ -56,7 +56,7 @@ struct Shared {
   DEVICE void wait_for_x(const Arguments& p, int slab) const { barrier_wait(x_full + 8 * (slab >> p.x_shift), 0); }
   DEVICE u32 item(const Arguments& p, int slot, int warp) const { return memory + (slot * WARPS + warp) * p.item_bytes; }
   DEVICE u32 item_full(int slot, int warp) const { return full + 8 * (slot * WARPS + warp); }
-  DEVICE static int x_pitch(const Arguments& p) { return p.n_columns * 2 + 16; }  // keeps rows off each other's banks
+  DEVICE static int x_pitch(const Arguments& p) { return p.n_slabs * SLAB_COLUMNS * 2 + 16; }  // keeps rows off each other's banks
   DEVICE u32 x(const Arguments& p) const { return memory + p.depth * WARPS * p.item_bytes; }
   DEVICE u32 sums(const Arguments& p, int team) const { return x(p) + p.batch * x_pitch(p) + team * WARPS * SUMS_BYTES; }
   DEVICE u32 parts(const Arguments& p) const { return sums(p, TEAMS); }  // of a tile of u, a finisher's each

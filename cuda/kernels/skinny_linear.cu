@@ -113,12 +113,13 @@ DEVICE void copy_x(const Arguments& p, const Run& run, const Shared& shared, int
   const int row_bytes = p.n_columns * 2;
   const int turn = (run.begin - run.first_row * p.n_slabs >> p.x_shift) + lane;
   const int chunk = turn < n_chunks(p) ? turn : turn - n_chunks(p), at = chunk * (SLAB_COLUMNS * 2 << p.x_shift);
-  const int bytes = min(SLAB_COLUMNS * 2 << p.x_shift, row_bytes - at);
-  const u32 bar = shared.x_full + 8 * chunk;
+  const int bytes = min(SLAB_COLUMNS * 2 << p.x_shift, p.n_slabs * SLAB_COLUMNS * 2 - at), there = min(bytes, row_bytes - at);
+  const u32 bar = shared.x_full + 8 * chunk, to = shared.x(p) + row * Shared::x_pitch(p) + at;
   wait_for_previous_kernel();
   if (lane >= n_chunks(p)) return;
   barrier_expect(bar, bytes);
-  bulk_copy(shared.x(p) + row * Shared::x_pitch(p) + at, p.x + (size_t)row * row_bytes + at, bytes, bar);
+  bulk_copy(to, p.x + (size_t)row * row_bytes + at, there, bar);
+  if (there < bytes) bulk_copy(to + there, NO_COLUMNS, bytes - there, bar);
 }
 
 DEVICE void consume(const Arguments& p, const Run& run, const Shared& shared, int warp, int lane, u32 table) {

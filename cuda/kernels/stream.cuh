@@ -36,7 +36,7 @@ struct Arguments {
   const int2* sharers;      // [row blocks] first and last thread block
   const int* first_step;    // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;        // [N] or null
-  const u8* x;              // [M, K] 16-bit; where ASYNC, as arrange_x leaves it
+  const u8* x;              // [M, n_columns] 16-bit; where ASYNC, as arrange_x leaves it
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
   float4* partial;          // [grid][2][16 units][NT][32 lanes], empty between launches
   float4* u_partial;        // [2][a_splits][rank_tiles][NT][32 lanes], in turns; empty at first
@@ -147,12 +147,16 @@ DEVICE void copy_x(const Arguments& p, const Ring& ring, int column, int lane) {
     if (lane == 0) bulk_copy(to, from, X_ARRANGED_BYTES, ring.full_bar());
 #elif HAS_BULK_COPIES
     __syncwarp();
-    for (int m = lane; m < p.batch; m += 32)
-      bulk_copy(to + m * X_PITCH, from + (size_t)m * p.n_columns * 2, X_BYTES, ring.full_bar());
+    const int there = min(X_BYTES, (p.n_columns - column) * 2);
+    for (int m = lane; m < p.batch; m += 32) {
+      bulk_copy(to + m * X_PITCH, from + (size_t)m * p.n_columns * 2, there, ring.full_bar());
+      if (there < X_BYTES) bulk_copy(to + m * X_PITCH + there, NO_COLUMNS, X_BYTES - there, ring.full_bar());
+    }
 #else
     for (int i = lane; i < p.batch * (X_BYTES / 16); i += 32) {
       const int m = i / (X_BYTES / 16), c = 16 * (i % (X_BYTES / 16));
-      copy_16(to + m * X_PITCH + c, from + (size_t)m * p.n_columns * 2 + c);
+      const bool is_there = column + c / 2 < p.n_columns;
+      copy_16(to + m * X_PITCH + c, is_there ? from + (size_t)m * p.n_columns * 2 + c : (const u8*)NO_COLUMNS);
     }
 #endif
   }

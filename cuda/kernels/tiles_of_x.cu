@@ -12,12 +12,12 @@ constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sum
 constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
 
 struct Arguments {
-  const u16* x;          // [batch, 64 * n_slabs]
+  const u16* x;          // [batch, n_columns], a multiple of 8
   const u8* lora_a;      // [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit
   const float* scaling;  // [rank_tiles * 16]
   uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit: chunk and element as in arrange_x.cu
   u16* u_out;            // [batch / tile_rows][rank_tiles * 2][tile_rows][8]
-  int batch, tile_rows, n_slabs, rank_tiles;
+  int batch, n_columns, tile_rows, n_slabs, rank_tiles;
 };
 
 // Four lanes have a row's 64 columns, 16 each; words 4 * pair .. of lane t are words t of chunks 4 * pair ...
@@ -51,9 +51,10 @@ DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT
 #pragma unroll
     for (int n = 0; n < N_TILES; n++) {
       const int row = blockIdx.y * 8 * N_TILES + 8 * n + (lane >> 2);
-      const uint4* from = (const uint4*)(p.x + ((size_t)row * p.n_slabs + slab) * SLAB_COLUMNS + 16 * (lane & 3));
+      const int column = slab * SLAB_COLUMNS + 16 * (lane & 3), left = row < p.batch ? p.n_columns - column : 0;
+      const uint4* from = (const uint4*)(p.x + (size_t)row * p.n_columns + column);
 #pragma unroll
-      for (int pair = 0; pair < 2; pair++) x[n][pair] = row < p.batch ? from[pair] : make_uint4(0, 0, 0, 0);
+      for (int pair = 0; pair < 2; pair++) x[n][pair] = left > 8 * pair ? from[pair] : make_uint4(0, 0, 0, 0);
     }
     if (stores) store_chunks(p, x, slab, lane);
 #pragma unroll

@@ -81,10 +81,10 @@ def test_decoded_weights_give_the_same_bits_a_hundred_times(batch):
 @pytest.mark.emulated(value=[float("inf")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_stays_in_its_row_of_many(value):
-    product = decoded(weight(2048, 1024), adapters(2048, 1024, 64), None)
-    x = torch.randn(200, 1024, device=DEVICE).bfloat16()
+    product = decoded(weight(2048, 1000), adapters(2048, 1000, 64), None)
+    x = torch.randn(200, 1000, device=DEVICE).bfloat16()
     expected = product(x)
-    x[150, 100] = value
+    x[150, :24] = value
     y = product(x)
     assert not y[150].isfinite().any()
     others = torch.arange(200, device=DEVICE) != 150

@@ -77,14 +77,16 @@ def test_a_stacked_layers_rows_use_its_own_ranks():
 
 @pytest.mark.gpu
 @pytest.mark.emulated
-@pytest.mark.parametrize("shape", [(1, 128), (77, 384), (300, 4096)])
+@pytest.mark.parametrize("shape", [(1, 128), (77, 384), (77, 200), (300, 4096)])
 def test_u_stands_beside_x(shape):
     torch.manual_seed(0)
     factors = FragmentFactors(fragments(layer(256, shape[1], 24, DEVICE).adapters, torch.bfloat16))
     x = torch.randn(shape, device=DEVICE).bfloat16()
     wide = Beside(factors.scaled_A)(x)
     assert torch.equal(wide[:, : shape[1]], x)
-    torch.testing.assert_close(wide[:, shape[1] :], x @ factors.scaled_A.T)
+    columns = factors.scaled_A.shape[1]
+    assert not wide[:, shape[1] : columns].any()
+    torch.testing.assert_close(wide[:, columns:], x @ factors.scaled_A[:, : shape[1]].T)
 
 
 def test_factors_that_no_kernel_takes_are_kept_as_matrices():
