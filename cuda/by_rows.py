@@ -8,7 +8,10 @@ products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expand
 from __future__ import annotations
 
 import functools
+import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -37,6 +40,23 @@ _FEWEST_DECODED = 33
 _ONE_AT_A_TIME = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What decides which kernel is fastest: of a weight and its adapters, and of the GPU.
+
+    ``most_skinny`` and ``most_decoded``: rows of x that the skinny and the decoding kernel take, 0 where they are not;
+    ``is_fused``: whether the fused kernel takes the adapters.
+    """
+
+    n_row_blocks: int
+    n_slabs: int
+    clusters: int
+    most_skinny: int = 0
+    most_decoded: int = 0
+    is_fused: bool = True
+    is_quantized: bool = False
+
+
 class ProductByRows:
     """y = x W^T + adapters + bias for x (M, x_columns) of any M.
 
@@ -51,42 +71,43 @@ class ProductByRows:
         self, weight: SlabWeight, order: Fragments | None, factors: Factors | None, bias: torch.Tensor | None
     ) -> None:
         self.weight, self._order = weight, order
+        self._has_kernels = order is not None or factors is None
         self._float_bias = None if bias is None else bias.float().contiguous()
-        has_kernels = order is not None or factors is None
-        self._fused = FusedProduct(weight, order, self._float_bias) if has_kernels else None
+        self._fused = FusedProduct(weight, order, self._float_bias)
+        self._skinny = SkinnyProduct(weight, order, self._float_bias)
         self.expanded = many_rows(weight, factors, bias)
-        device = weight.slabs.device
-        self._clusters = clusters_of(device)
-        capability = torch.cuda.get_device_capability(device)
-        may_be_skinny = has_kernels and capability >= LEAST_SKINNY
-        self._skinny = SkinnyProduct(weight, order, self._float_bias) if may_be_skinny else None
-        self._most_skinny = LARGEST_SKINNY if rounds_of_block(weight) < FEWEST_ROUNDS else _SURELY_SKINNY
-        self._most_decoded = 0
-        if has_kernels and capability == ASYNC_CAPABILITY:
-            self._most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else 2**31
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
         x = aligned(self.weight.padded(x))
         with _ONE_AT_A_TIME:
-            if self._fused is None:
-                return self.expanded(x)
-            skinny = self._skinny_for(x.shape[0])
-            if skinny is not None:
-                return skinny(x, x.new_empty(x.shape[0], self.weight.n_rows))
-            kernel = self._kernel(x.shape[0])
-            if kernel == "fused":
-                return self._fused(x, x.new_empty(x.shape[0], self.weight.n_rows))
-            return self._decoded(x) if kernel == "decoded" else self.expanded(x)
+            match self._kernel(x.shape[0]):
+                case "skinny":
+                    return self._skinny(x)
+                case "fused":
+                    return self._fused(x)
+                case "decoded":
+                    return self._decoded(x)
+                case _:
+                    return self.expanded(x)
 
-    def _skinny_for(self, batch: int) -> SkinnyProduct | None:
-        found = self._skinny if 0 < batch <= self._most_skinny else None
-        return found if found is not None and batch <= found.most_rows else None
+    @functools.cached_property
+    def _kernel(self) -> Callable[[int], str]:
+        return functools.cache(functools.partial(kernel_for, facts=self._facts()))
 
-    def _kernel(self, batch: int) -> str:
-        weight, may_decode = self.weight, batch <= self._most_decoded
-        is_quantized = not weight.encoding.endswith("16")
-        return kernel_for(batch, weight.n_row_blocks, weight.n_slabs, self._clusters, may_decode, is_quantized)
+    def _facts(self) -> Facts:
+        weight, device = self.weight, self.weight.slabs.device
+        capability = torch.cuda.get_device_capability(device)
+        most_skinny = most_decoded = 0
+        if self._has_kernels and capability >= LEAST_SKINNY:
+            fastest = LARGEST_SKINNY if rounds_of_block(weight) < FEWEST_ROUNDS else _SURELY_SKINNY
+            most_skinny = min(fastest, self._skinny.most_rows)
+        if self._has_kernels and capability == ASYNC_CAPABILITY:
+            most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize
+        return Facts(
+            weight.n_row_blocks, weight.n_slabs, clusters_of(device), most_skinny, most_decoded, self._has_kernels,
+            is_quantized=not weight.encoding.endswith("16"),
+        )  # fmt: skip
 
     @functools.cached_property
     def _decoded(self) -> DecodedProduct:
@@ -94,22 +115,23 @@ class ProductByRows:
             return DecodedProduct(self.weight, self._order, self._float_bias)
 
 
-@functools.cache
-def kernel_for(
-    batch: int, n_row_blocks: int, n_slabs: int, clusters: int, may_decode: bool, is_quantized: bool = False
-) -> str:
-    """Return fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x that are not skinny's.
+def kernel_for(batch: int, facts: Facts) -> str:
+    """Return skinny, fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
 
-    Up to 64 rows only fused; of quantized weights, also decoded from 33 on.
+    Few rows are skinny's where it takes them; up to 64 others only fused, or, of quantized weights from 33 on, decoded.
     """
+    if not facts.is_fused:
+        return "expanded"
+    if 0 < batch <= facts.most_skinny:
+        return "skinny"
     is_few = batch <= LARGEST_BATCH
-    may_decode = may_decode and (not is_few or (is_quantized and batch >= _FEWEST_DECODED))
-    n_weights = n_row_blocks * n_slabs * BLOCK_ROWS * SLAB_COLUMNS
+    may_decode = batch <= facts.most_decoded and (not is_few or (facts.is_quantized and batch >= _FEWEST_DECODED))
+    n_weights = facts.n_row_blocks * facts.n_slabs * BLOCK_ROWS * SLAB_COLUMNS
     dense_us = max(2 * n_weights / _BYTES, 2 * batch * n_weights / _OPERATIONS)
-    fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if is_quantized else _FUSED_WEIGHT_US)
+    fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if facts.is_quantized else _FUSED_WEIGHT_US)
     times = {"fused": -(-batch // LARGEST_BATCH) * fused_us}
     if not is_few:
         times["expanded"] = dense_us + n_weights * _EXPANSION_US + _EXPANDED_US
     if may_decode:
-        times["decoded"] = estimated_us(batch, n_row_blocks, n_slabs, clusters)
+        times["decoded"] = estimated_us(batch, facts.n_row_blocks, facts.n_slabs, facts.clusters)
     return min(times, key=lambda name: times[name])

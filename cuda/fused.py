@@ -132,11 +132,12 @@ class FusedProduct:
             tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]
         ] = {}
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
 
-        More than 64 rows are multiplied 64 at a time.
+        ``out``: a new one in x's dtype unless given. More than 64 rows are multiplied 64 at a time.
         """
+        out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
         for start in range(0, x.shape[0], LARGEST_BATCH):
             self._multiply(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
         return out

@@ -122,8 +122,10 @@ class SkinnyProduct:
         taken = fixed_shared_bytes(self.weight.encoding) + _BARRIER_BYTES + self._fixed_bytes(tile)
         return int(self._properties.shared_memory_per_block_optin) - taken
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
+
+        ``out``: a new one in x's dtype unless given.
 
         Raises:
             ValueError: M is 0 or more than ``most_rows``.
@@ -136,6 +138,7 @@ class SkinnyProduct:
             with uncaptured(self.device):
                 found = self._launches[key] = self._launch(*key)
         arguments, launch, _ = found
+        out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
         arguments.x, arguments.y = x.data_ptr(), out.data_ptr()
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(key[0])

@@ -49,9 +49,9 @@ struct Run {
 };
 
 // Shared memory: items [depth][WARPS], x, sums of two teams [TEAMS][WARPS], parts of u, u. Barriers: of each item; of each
-// chunk of x; of a team's sums, there and used; of u.
+// chunk of x; of a team's sums, there and used; of u; of all warps' sums of the first row pair.
 struct Shared {
-  u32 memory, full, x_full, sums_full, sums_empty, u_full;
+  u32 memory, full, x_full, sums_full, sums_empty, u_full, head_full;
   u32 *launch, *head_sums;  // the number of this launch; warps that have left their sums of the first row pair
   DEVICE void wait_for_x(const Arguments& p, int slab) const { barrier_wait(x_full + 8 * (slab >> p.x_shift), 0); }
   DEVICE u32 item(const Arguments& p, int slot, int warp) const { return memory + (slot * WARPS + warp) * p.item_bytes; }

@@ -79,11 +79,10 @@ DEVICE void multiply(const Arguments& p, u32 first, u32 second, u32 x, Sums& tot
 // The first row pair is another thread block's, which waits for these sums: whoever comes last leaves them in memory.
 DEVICE void publish_head(const Arguments& p, const Shared& shared, int lane) {
   u32 before = 0;
-  __threadfence_block();
+  arrive_for_warp(shared.head_full, lane);
   if (lane == 0) before = atomicAdd(shared.head_sums, 1);
   if (__shfl_sync(~0u, before, 0) != WARPS - 1) return;
-  __syncwarp();
-  __threadfence_block();
+  barrier_wait(shared.head_full, 0);  // all are there: it is for the order alone
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     const float4 v = sum_of(shared.sums(p, 0) + tile * 512 + lane * 16, SUMS_BYTES, WARPS);
@@ -236,13 +235,14 @@ DEVICE void finish(const Arguments& p, const Run& run, const Shared& shared, int
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
-  __shared__ __align__(8) u64 full[MAX_DEPTH * WARPS], x_full[MAX_CHUNKS], sums_full[TEAMS], sums_empty[TEAMS], u_full;
+  __shared__ __align__(8) u64 full[MAX_DEPTH * WARPS], x_full[MAX_CHUNKS], sums_full[TEAMS], sums_empty[TEAMS], u_full, head_full;
   __shared__ u32 table[TABLE_WORDS], launch, head_sums;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   if (threadIdx.x < p.depth * WARPS) barrier_init(shared_address(full + threadIdx.x), 1);
   if (threadIdx.x < MAX_CHUNKS) barrier_init(shared_address(x_full + threadIdx.x), p.batch);
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&u_full), FINISHERS * ARRIVALS_OF_WARP);
+    barrier_init(shared_address(&head_full), WARPS * ARRIVALS_OF_WARP);
     head_sums = 0;
     for (int i = 0; i < TEAMS; i++) {
       barrier_init(shared_address(sums_full + i), WARPS * ARRIVALS_OF_WARP);
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_linear(const __g
   __syncthreads();
   const Run run(p);
   const Shared shared{shared_address(memory), shared_address(full), shared_address(x_full), shared_address(sums_full),
-                      shared_address(sums_empty), shared_address(&u_full), &launch, &head_sums};
+                      shared_address(sums_empty), shared_address(&u_full), shared_address(&head_full), &launch, &head_sums};
   if (warp < WARPS)
     consume(p, run, shared, warp, lane, shared_address(table));
   else

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
-from salr.cuda.by_rows import kernel_for
+from salr.cuda.by_rows import Facts, kernel_for
 from salr.cuda.decoded import shape_for
+from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, SHORTEST_TILE, TILES, tile_for
 
 H100_CLUSTERS = 66
+FACTS = Facts(16, 64, H100_CLUSTERS, most_skinny=8, most_decoded=sys.maxsize)
 
 
 @pytest.mark.parametrize("n_row_blocks", [1, 16, 112])
@@ -22,17 +27,37 @@ def test_a_chosen_cut_covers_all_rows_and_leaves_less_than_a_round_to_be_split(n
 
 
 @pytest.mark.parametrize("n_rows", [4096, 28672])
-def test_few_rows_are_fused_more_are_decoded_and_many_expanded(n_rows):
-    chosen = [kernel_for(batch, n_rows // 256, 64, H100_CLUSTERS, True) for batch in (1, 64, 128, 4096)]
-    assert chosen == ["fused", "fused", "decoded", "expanded"]
-    assert "decoded" not in [kernel_for(batch, n_rows // 256, 64, H100_CLUSTERS, False) for batch in (1, 64, 128, 4096)]
+def test_few_rows_are_skinny_more_fused_then_decoded_and_many_expanded(n_rows):
+    facts, batches = replace(FACTS, n_row_blocks=n_rows // 256), (1, 8, 9, 64, 128, 4096)
+    chosen = [kernel_for(batch, facts) for batch in batches]
+    assert chosen == ["skinny", "skinny", "fused", "fused", "decoded", "expanded"]
+    assert "decoded" not in [kernel_for(batch, replace(facts, most_decoded=0)) for batch in batches]
+    assert "skinny" not in [kernel_for(batch, replace(facts, most_skinny=0)) for batch in batches]
+
+
+def test_more_ranks_than_kernels_take_are_expanded_whatever_the_rows():
+    facts = replace(FACTS, is_fused=False, most_skinny=0, most_decoded=0)
+    assert {kernel_for(batch, facts) for batch in (0, 1, 40, 500)} == {"expanded"}
+
+
+def test_no_rows_are_fused_which_launches_nothing():
+    assert kernel_for(0, FACTS) == "fused"
 
 
 def test_quantized_weights_are_decoded_from_33_rows_on():
-    chosen = [kernel_for(batch, 16, 64, H100_CLUSTERS, True, True) for batch in (32, 33, 64, 256)]
+    chosen = [kernel_for(batch, replace(FACTS, is_quantized=True)) for batch in (32, 33, 64, 256)]
     assert chosen == ["fused", "decoded", "decoded", "decoded"]
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_small_weights_are_fused_up_to_64_rows(is_quantized):
-    assert {kernel_for(batch, 4, 16, H100_CLUSTERS, False, is_quantized) for batch in range(1, 65)} == {"fused"}
+    facts = Facts(4, 16, H100_CLUSTERS, is_quantized=is_quantized)
+    assert {kernel_for(batch, facts) for batch in range(1, 65)} == {"fused"}
+
+
+def test_tiles_of_up_to_32_rows_change_with_a_thread_blocks_rounds():
+    hopper = [tile_for(32, "bitmap16", (9, 0), rounds) for rounds in (4, 5, 15, 16)]
+    assert hopper == [SHORTEST_TILE, SHORT_TILE, SHORT_TILE, ASYNC_TILES[2]]
+    assert tile_for(33, "bitmap16", (9, 0), 4) == ASYNC_TILES[3]
+    for older in (("bitmap16", (8, 0)), ("dense8", (9, 0))):
+        assert [tile_for(batch, *older, 4) for batch in (1, 9, 17, 33)] == list(TILES)
