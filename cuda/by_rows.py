@@ -78,8 +78,10 @@ class ProductByRows:
         self.expanded = many_rows(weight, factors, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K), contiguous, in its dtype."""
+        """Return the product (M, N) of x (M, K) in its dtype."""
         x = aligned(self.weight.padded(x))
+        if not x.shape[0]:
+            return x.new_empty(0, self.weight.n_rows)
         with _ONE_AT_A_TIME:
             match self._kernel(x.shape[0]):
                 case "skinny":
@@ -105,7 +107,8 @@ class ProductByRows:
         if self._has_kernels and capability == ASYNC_CAPABILITY:
             most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize
         return Facts(
-            weight.n_row_blocks, weight.n_slabs, clusters_of(device), most_skinny, most_decoded, self._has_kernels,
+            weight.n_row_blocks, weight.n_slabs, clusters_of(device), most_skinny, most_decoded,
+            is_fused=self._has_kernels and self._fused.most_rows > 0,
             is_quantized=not weight.encoding.endswith("16"),
         )  # fmt: skip
 

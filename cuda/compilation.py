@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 KERNELS = Path(__file__).parent / "kernels"
+_STANDARD = "-std=c++17"
 ENCODINGS = {"bitmap16": 0, "dense16": 2, "dense8": 3, "dense4": 4}
 
 #: file -> the architectures it is compiled for; sm_90a was run, the others are compiled only
@@ -34,13 +36,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     )
 }
 LEAST_CAPABILITY = (8, 0)
+_LEAST_OVERLAPPING = 90
 #: the one with asynchronous products (wgmma), compiled for as sm_90a
 ASYNC_CAPABILITY = (9, 0)
 
 
 def options(definitions: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     """Return NVRTC's options for a set of definitions."""
-    return ("-std=c++17", f"-I{KERNELS}", *(f"-D{name}={value}" for name, value in definitions))
+    return (_STANDARD, f"-I{KERNELS}", *(f"-D{name}={value}" for name, value in definitions))
 
 
 def source(file: str) -> str:
@@ -58,10 +61,14 @@ def module(file: str, definitions: tuple[tuple[str, int], ...], device: int) -> 
 
 
 class Function(NamedTuple):
-    """A kernel's handle (CUfunction), which belongs to the context of one device."""
+    """A kernel's handle (CUfunction), which belongs to the context of one device.
+
+    ``may_overlap``: whether launches there may begin before the kernel in front of them ends.
+    """
 
     handle: int
     device: int
+    may_overlap: bool = True
 
 
 @functools.cache
@@ -73,7 +80,8 @@ def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], dev
         found = module(file, definitions, device).get_function(name)
         most = here.attributes["MaxSharedMemoryPerBlockOptin"]
         found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
-        return Function(int(found.kernel.ptr), device)  # the pointer is that of the device which is current
+        may_overlap = int(here.compute_capability) >= _LEAST_OVERLAPPING
+        return Function(int(found.kernel.ptr), device, may_overlap)  # the pointer is that of the current device
 
 
 def architecture(capability: str) -> str:
@@ -99,13 +107,13 @@ def _cached(file: str, definitions: tuple[tuple[str, int], ...], architecture: s
     from cupy_backends.cuda.libs import nvrtc
 
     folder = os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache"
-    facts = repr((_headers(), source(file), definitions, architecture, nvrtc.getVersion()))
+    facts = repr((_headers(), source(file), _STANDARD, definitions, architecture, nvrtc.getVersion()))
     path = Path(folder) / f"salr-{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(cubin(file, definitions, architecture))
-        partial.replace(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
+            partial.write(cubin(file, definitions, architecture))
+        Path(partial.name).replace(path)
     return path
 
 

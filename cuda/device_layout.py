@@ -82,7 +82,13 @@ class SlabWeight:
         return -(-self.n_columns // _X_COLUMN_MULTIPLE) * _X_COLUMN_MULTIPLE
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (M, K) with columns of zeros up to ``x_columns``."""
+        """Return x (M, K) with columns of zeros up to ``x_columns``.
+
+        Raises:
+            ValueError: x has another number of columns.
+        """
+        if x.shape[1] not in (self.n_columns, self.x_columns):
+            raise ValueError(f"x has {x.shape[1]} columns, the weight {self.n_columns}")
         missing = self.x_columns - x.shape[1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 

@@ -3,8 +3,7 @@
 Invariant: a product needs one dense workspace, a part of the weight at a time. B's columns stand beside W's, and u =
 A x beside x, or y is read and written once more where that is less than copying x.
 
-Launches and the workspace belong to one thread at a time: by_rows.py lets one in; a layer that trains must not be run
-by two.
+Launches and the workspace belong to one thread at a time. A buffer that a graph captured lives as long as the product.
 
 Expanding the next part on a second stream while cuBLAS multiplies this one (the paper's two stages) was slower than one
 after the other: both want the same places on the SMs.
@@ -14,17 +13,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from typing import Any
 
 import torch
 
 from .beside import Beside, Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, stream_of
+from .launching import Launch, aligned, stream_of
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
+_MOST_BUFFERS = 3  # slabs in shared memory: the next ones on their way
 _TILES_BYTES = 16 * 16 * 144
+#: launches' arguments and workspaces are shared
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class ExpandedProduct:
@@ -39,17 +43,23 @@ class ExpandedProduct:
         self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
         #: whether x is copied beside u: it is not where y is smaller than x
         self._copies_x = factors is not None and weight.n_rows >= weight.padded_columns
-        #: kept for a graph that captured it, when a larger one takes its place
-        self._workspace: torch.Tensor | None = None
+        self._captured: list[torch.Tensor] = []
         self._whole: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (M, N) of x (M, K), a part of the weight at a time."""
+        """Return the product (M, N) of x (M, x_columns), aligned, a part of the weight at a time."""
+        if not x.shape[0]:
+            return x.new_empty(0, self.weight.n_rows)
+        with _ONE_AT_A_TIME:
+            return self._by_parts(x)
+
+    def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
         n_rows, rows = self.weight.n_rows, _rows_of_part(self._n_columns, self.weight.n_row_blocks)
         buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(buffer)
         if rows >= n_rows:
             return self._multiply(self._sides(x), self._whole_in(buffer), self._bias)
-        self._workspace = buffer
         sides, out = self._sides(x), x.new_empty(x.shape[0], n_rows)
         for start in range(0, n_rows, rows):
             part = slice(start, min(start + rows, n_rows))
@@ -61,12 +71,16 @@ class ExpandedProduct:
     def decode(self) -> torch.Tensor:
         """Return [W | B] (N, K padded + R)."""
         weight = self.weight
-        return self._expand(weight.slabs.new_empty(weight.n_rows, self._n_columns, dtype=weight.dtype), 0)
+        with _ONE_AT_A_TIME:
+            return self._expand(weight.slabs.new_empty(weight.n_rows, self._n_columns, dtype=weight.dtype), 0)
 
     def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
         """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
-        x = self.weight.padded(x)
-        return self(x) if decoded is None else self._multiply(self._sides(x), self._factors_of(decoded), self._bias)
+        x = aligned(self.weight.padded(x))
+        if decoded is None or not x.shape[0]:
+            return self(x)
+        with _ONE_AT_A_TIME:
+            return self._multiply(self._sides(x), self._factors_of(decoded), self._bias)
 
     def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x (M, K) for that of y (M, N)."""
@@ -134,10 +148,13 @@ class Expansion:
 
     def __init__(self, weight: SlabWeight) -> None:
         self._n_slabs, device = weight.n_slabs, weight.slabs.device.index
-        properties = torch.cuda.get_device_properties(device)
+        properties: Any = torch.cuda.get_device_properties(device)
         buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
-        shared_bytes = 3 * buffer_bytes + _TILES_BYTES
-        all_bytes = shared_bytes + fixed_shared_bytes(weight.encoding)
+        fixed = _TILES_BYTES + fixed_shared_bytes(weight.encoding)
+        room = (properties.shared_memory_per_block_optin - fixed) // buffer_bytes
+        buffers = max(1, min(room, _MOST_BUFFERS))
+        shared_bytes = buffers * buffer_bytes + _TILES_BYTES
+        all_bytes = buffers * buffer_bytes + fixed
         per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
         self._most_blocks = per_sm * properties.multi_processor_count
         self._to, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))
@@ -145,7 +162,8 @@ class Expansion:
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets)), self._to,
             ctypes.c_int(weight.n_slabs), self._first, self._rows, self._pitch, ctypes.c_int(buffer_bytes),
         ]  # fmt: skip
-        handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype), device)
+        options = definitions(weight.encoding, weight.dtype, BUFFERS=buffers)
+        handle = function("expand.cu", "expand", options, device)
         self._launch = Launch(handle, (1, 1, 1), 512, shared_bytes, arguments, is_dependent=False)
 
     def __call__(self, dense: torch.Tensor, first_row: int) -> None:

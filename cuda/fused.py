@@ -7,6 +7,7 @@ the same time for the same slot, so each stream has its own counters and workspa
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .schedule import Work, schedule, sharers
 from .sums import EMPTY, workspace
 
 LARGEST_BATCH = 64
+_ROWS_OF_LAUNCH = (LARGEST_BATCH, 32, 16, 8)
 _SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
 _A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
@@ -87,8 +89,23 @@ class _Arguments(ctypes.Structure):
     _fields_ = fields(
         "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x y partial u_partial counters",
         "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_splits weight_bytes stage_bytes stages "
-        "x_rows y_pitch",
+        "y_pitch",
     )
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Shared memory: stages of weights, then x, in a ring, then u; no stages where they do not fit."""
+
+    stages: int
+    stage_bytes: int
+    weight_bytes: int
+    u_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """All of it."""
+        return self.stages * self.stage_bytes + self.u_bytes
 
 
 @dataclass(frozen=True)
@@ -97,16 +114,12 @@ class _Plan:
 
     function: Function
     n_blocks: int
-    stages: int
-    stage_bytes: int
-    weight_bytes: int
+    ring: _Ring
     a_splits: int
     schedule: torch.Tensor
     sharers: torch.Tensor
     partial_floats: int
     u_partial_floats: int
-    u_bytes: int
-    x_rows: int
 
 
 class FusedProduct:
@@ -122,6 +135,8 @@ class FusedProduct:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
+        properties: Any = torch.cuda.get_device_properties(self.device)
+        self._shared_bytes, self._n_sms = properties.shared_memory_per_block_optin, properties.multi_processor_count
         self._rounds = rounds_of_block(weight)
         self._block_steps = adapters.block_tiles if adapters else 0
         self._first_step = (
@@ -135,16 +150,22 @@ class FusedProduct:
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
 
-        ``out``: a new one in x's dtype unless given. More than 64 rows are multiplied 64 at a time.
+        ``out``: a new one in x's dtype unless given. More than ``most_rows`` are multiplied so many at a time.
+
+        Raises:
+            ValueError: shared memory has no room for any rows.
         """
+        if not self.most_rows:
+            raise ValueError(f"{self._shared_bytes} bytes of shared memory are too few for these ranks")
         out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
-        for start in range(0, x.shape[0], LARGEST_BATCH):
-            self._multiply(x[start : start + LARGEST_BATCH], out[start : start + LARGEST_BATCH])
+        for start in range(0, x.shape[0], self.most_rows):
+            part = slice(start, start + self.most_rows)
+            self._multiply(x[part], out[part])
         return out
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         batch = x.shape[0]
-        tile = tile_for(batch, self.weight.encoding, self._capability, self._rounds)
+        tile = self._tile(batch)
         stream = stream_of(x)
         key = tile, tile.rows(batch), stream
         found = self._launches.get(key)
@@ -175,12 +196,11 @@ class FusedProduct:
             u_partial=address(u_partial), counters=address(counters),
             n_rows=weight.n_rows, n_columns=weight.x_columns, slabs_per_block=weight.n_slabs,
             rank_tiles=adapters.n_tiles if adapters else 0,
-            block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.weight_bytes,
-            stage_bytes=plan.stage_bytes, stages=plan.stages, x_rows=plan.x_rows,
+            block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.ring.weight_bytes,
+            stage_bytes=plan.ring.stage_bytes, stages=plan.ring.stages,
         )  # fmt: skip
         launch = Launch(
-            plan.function, (plan.n_blocks, 1, 1), tile.n_threads, plan.stages * plan.stage_bytes + plan.u_bytes,
-            [arguments],
+            plan.function, (plan.n_blocks, 1, 1), tile.n_threads, plan.ring.shared_bytes, [arguments],
         )  # fmt: skip
         arrange = None
         if tile.ASYNC:
@@ -188,12 +208,28 @@ class FusedProduct:
             arrange = Arrangement(arranged, weight, 8 * tile.NT)
         return arguments, launch, arrange, (counters, u_partial, partial)
 
-    def _plan(self, tile: Tile, x_rows: int) -> _Plan:
-        weight = self.weight
-        index = self.device.index
-        n_tiles = self.adapters.n_tiles if self.adapters else 0
-        chunk = 2 * tile.SUB
-        work = Work(
+    @functools.cached_property
+    def most_rows(self) -> int:
+        """The rows of x that one launch multiplies: 64, fewer or none where shared memory or ranks leave no room."""
+        fitting = (rows for rows in _ROWS_OF_LAUNCH if self._ring(self._tile(rows), rows).stages)
+        return next(fitting, 0)
+
+    def _tile(self, batch: int) -> Tile:
+        return tile_for(batch, self.weight.encoding, self._capability, self._rounds)
+
+    def _ring(self, tile: Tile, x_rows: int) -> _Ring:
+        weight, n_tiles = self.weight, self.adapters.n_tiles if self.adapters else 0
+        of_a, of_b = tile.SUB * n_tiles * 2048, min(self._block_steps, 2 * tile.SUB) * 8192
+        weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
+        stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
+        u_bytes = 512 * self._block_steps * tile.NT
+        free_bytes = self._shared_bytes - fixed_shared_bytes(weight.encoding) - u_bytes
+        stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
+        return _Ring(max(0, stages), stage_bytes, weight_bytes, u_bytes)
+
+    def _work(self, tile: Tile) -> Work:
+        weight, n_tiles, chunk = self.weight, self.adapters.n_tiles if self.adapters else 0, 2 * tile.SUB
+        return Work(
             n_a=weight.n_slabs // tile.SUB if n_tiles else 0,
             a_bytes=tile.SUB * n_tiles * 2048 * _A_COST,
             n_row_blocks=weight.n_row_blocks,
@@ -202,34 +238,23 @@ class FusedProduct:
             rounds_b=-(-self._block_steps // chunk),
             b_bytes=min(self._block_steps, chunk) * 8192 * _B_COST,
         )
-        largest = max(
-            tile.SUB * weight.largest_slab_bytes, tile.SUB * n_tiles * 2048, min(self._block_steps, chunk) * 8192
-        )
-        weight_bytes = -(-int(largest) // 128) * 128
-        stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
-        u_bytes = 512 * self._block_steps * tile.NT
-        properties: Any = torch.cuda.get_device_properties(index)
-        free_bytes = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding) - u_bytes
-        stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
-        if stages < 1:
-            raise ValueError(f"a stage of {stage_bytes} bytes does not fit into {free_bytes} bytes of shared memory")
-        n_blocks = min(properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
+
+    def _plan(self, tile: Tile, x_rows: int) -> _Plan:
+        weight, work = self.weight, self._work(tile)
+        n_blocks = min(self._n_sms, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))
+        n_tiles = self.adapters.n_tiles if self.adapters else 0
         return _Plan(
-            function=function("fused_linear.cu", "fused_linear", options, index),
+            function=function("fused_linear.cu", "fused_linear", options, self.device.index),
             n_blocks=n_blocks,
-            stages=stages,
-            stage_bytes=stage_bytes,
-            weight_bytes=weight_bytes,
+            ring=self._ring(tile, x_rows),
             a_splits=a_splits,
             schedule=torch.from_numpy(chosen).to(self.device),
             sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
             u_partial_floats=max(4, 2 * a_splits * n_tiles * tile.NT * 128),
-            u_bytes=u_bytes,
-            x_rows=x_rows,
         )
 
 

@@ -66,7 +66,7 @@ class Launch:
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         self._configuration = _Configuration(
             (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(n_threads, 1, 1), shared_bytes, None,
-            ctypes.pointer(self._attribute), int(is_dependent),
+            ctypes.pointer(self._attribute), int(is_dependent and function.may_overlap),
         )  # fmt: skip
         self._address = ctypes.addressof(self._configuration)
         self._function, self._device = ctypes.c_void_p(function.handle), function.device

@@ -1,7 +1,8 @@
 """The CUDA backend: y = x W^T + adapters + bias on packed weights.
 
 Invariant: what no kernel takes (float32 activations, unusual groups) is refused by ``takes``, and the caller uses the
-reference.
+reference. Products of one device must not run on two streams at the same time: thread blocks of a launch wait for each
+other, and need all multiprocessors.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class PreparedProduct(ProductByRows):
         slabs = weight if isinstance(weight, SlabWeight) else lay_out(weight, dtype)
         order: Fragments | None = None
         factors: Factors | None = None
-        if adapters is not None and adapters.lora_A.shape[0] <= LARGEST_RANK:
+        rank = 0 if adapters is None else adapters.lora_A.shape[0]
+        if adapters is not None and 0 < rank <= LARGEST_RANK:
             order = fragments(adapters, dtype)
             factors = FragmentFactors(order)
-        elif adapters is not None:
+        elif adapters is not None and rank:
             factors = MatrixFactors(adapters, slabs.padded_columns, dtype)
         super().__init__(slabs, order, factors, bias)
 

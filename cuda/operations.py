@@ -41,14 +41,18 @@ def add_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x + residual (M, H) and its RMSNorm times ``weight`` (H,); without a residual, x itself and its norm."""
-    x = aligned(x)
+    x, scale = aligned(x), aligned(weight)
     normed, n_columns = torch.empty_like(x), x.shape[-1]
     summed = x if residual is None else torch.empty_like(x)
     chunks = -(-n_columns // (8 * _NORM_THREADS))
-    tensors = (x, None if residual is None else aligned(residual), aligned(weight), summed, normed)
+    tensors = (x, None if residual is None else aligned(residual), scale, summed, normed)
     arguments = [*map(_pointer, tensors), ctypes.c_int(n_columns), ctypes.c_float(epsilon)]
     grid = (x.numel() // n_columns, 1, 1)
-    _launch("add_norm", x, {"THREADS": _NORM_THREADS, "CHUNKS": chunks}, grid, _NORM_THREADS, arguments)
+    is_dependent = (
+        scale.data_ptr() == weight.data_ptr()
+    )  # the kernel reads weights early, and a copy of them may not be there yet
+    chosen = {"THREADS": _NORM_THREADS, "CHUNKS": chunks}
+    _launch("add_norm", x, chosen, grid, _NORM_THREADS, arguments, is_dependent=is_dependent)
     return summed, normed
 
 
@@ -171,10 +175,11 @@ def _launch(
     n_threads: int,
     arguments: list[Any],
     shared_bytes: int = 0,
+    is_dependent: bool = True,
 ) -> None:
     """Launch a kernel for x's dtype on x's device and torch's current stream; the kernel is named as its file."""
     if not x.numel():
         return
     chosen = tuple({"HALF": int(x.dtype == torch.float16), **definitions}.items())
     handle = function(f"{name}.cu", name, chosen, x.device.index)
-    Launch(handle, grid, n_threads, shared_bytes, arguments)(stream_of(x))
+    Launch(handle, grid, n_threads, shared_bytes, arguments, is_dependent)(stream_of(x))

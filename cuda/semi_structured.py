@@ -15,6 +15,7 @@ import torch
 from .beside import Beside, Factors
 from .device_layout import SlabWeight
 from .expanded import ExpandedProduct
+from .launching import uncaptured
 
 ENVIRONMENT_VARIABLE = "SALR_SPARSE_TENSOR_CORES"
 #: the fewest rows of x for which the compressed copy is multiplied
@@ -57,13 +58,16 @@ class SemiStructuredProduct(ExpandedProduct):
     def _beside_spread(self) -> Beside:
         """What puts u beside x, two zeros after each two of it."""
         assert self.factors is not None
-        return Beside(_spread(self.factors.scaled_A, 0))
+        with uncaptured(self.weight.slabs.device):
+            return Beside(_spread(self.factors.scaled_A, 0))
 
     @functools.cached_property
     def _compressed(self) -> torch.Tensor:
         """[W | B, spread] as cuSPARSELt stores it."""
-        dense, columns = self.decode(), self.weight.padded_columns
-        return torch._cslt_compress(torch.cat([dense[:, :columns], _spread(dense[:, columns:].contiguous(), 1)], 1))
+        columns = self.weight.padded_columns
+        with uncaptured(self.weight.slabs.device):
+            dense = self.decode()
+            return torch._cslt_compress(torch.cat([dense[:, :columns], _spread(dense[:, columns:].contiguous(), 1)], 1))
 
     def _algorithm(self, rows: torch.Tensor) -> tuple[int, int, int]:
         """Return what is fastest for about so many rows; while a graph is captured nothing is tried out."""

@@ -25,23 +25,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fuzz: the long versions of tests; runs where SALR_FUZZ=1")
-    config.addinivalue_line("markers", "gpu: runs where torch finds a CUDA device and CuPy is installed")
-    config.addinivalue_line(
-        "markers", "emulated: a gpu test that is emulated elsewhere, for these values of parameters"
-    )
+    for marker in (
+        "fuzz: the long versions of tests; runs where SALR_FUZZ=1",
+        "gpu: runs where torch finds a CUDA device and CuPy is installed",
+        "emulated: a gpu test that is emulated elsewhere, with these values of parameters; others are fuzz",
+        "large: a gpu test that takes too long to emulate",
+    ):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("SALR_FUZZ") != "1":
-        for item in items:
-            if item.get_closest_marker("fuzz"):
-                item.add_marker(pytest.mark.skip(reason="a long version: set SALR_FUZZ=1"))
-    if any(item.get_closest_marker("gpu") for item in items):
-        reason = _reason_without_gpu()
-        for item in items:
-            if reason is not None and item.get_closest_marker("gpu") and not _is_emulated(item):
+    reason = _reason_without_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
+    for item in items:
+        if reason is not None and item.get_closest_marker("gpu") and not _is_emulated(item):
+            if item.get_closest_marker("emulated") is None or item.get_closest_marker("large"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+                continue
+            item.add_marker(pytest.mark.fuzz)  # emulated with the other values of its parameters
+        if os.environ.get("SALR_FUZZ") != "1" and item.get_closest_marker("fuzz"):
+            item.add_marker(pytest.mark.skip(reason="a long version: set SALR_FUZZ=1"))
 
 
 def _is_emulated(item: pytest.Item) -> bool:

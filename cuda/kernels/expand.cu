@@ -5,7 +5,9 @@
 // in whole lines of 128 bytes.
 #include "slabs.cuh"
 
+#ifndef BUFFERS
 #define BUFFERS 3
+#endif
 constexpr int THREADS = UNITS * 32;
 constexpr int TILE_PITCH = SLAB_COLUMNS * 2 + 16;  // bytes; keeps eight lanes' 16-byte accesses off each other's banks
 constexpr int TILE_BYTES = UNIT_ROWS * TILE_PITCH;

@@ -44,7 +44,7 @@ struct Arguments {
   int n_rows, n_columns, batch, wide;
   int slabs_per_block, rank_tiles, block_steps, a_splits;  // block_steps: steps of B a row block
   int weight_bytes, stage_bytes, stages;                   // of a stage: where x begins, its size; and their number
-  int x_rows, y_pitch;  // rows of x that a stage has room for; elements between rows of y
+  int y_pitch;                                             // elements between rows of y
 };
 
 struct Stream {

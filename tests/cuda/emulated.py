@@ -28,7 +28,9 @@ from salr.onnx.library import find_compiler
 EMULATOR = Path(__file__).parent / "emulator"
 BUILT = Path(__file__).parents[2] / "build" / "emulated"
 FLAGS = ("-std=c++20", "-O1", "-w", "-fPIC", "-pthread", "-fno-strict-aliasing", "-fwrapv")
-SHARED_BYTES = 227 << 10
+#: of shared memory that a thread block may have, by compute capability
+SHARED_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
+OWN_BYTES = 1 << 10  # that CUDA takes of each thread block's
 _KERNEL = re.compile(
     r'extern "C" __global__ void\s+(?:__cluster_dims__\((\w+)[^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
 )
@@ -74,8 +76,9 @@ def _loaded(library: Path) -> ctypes.CDLL:
 class Driver:
     """Launches as CUDA's driver does, kernels that were ``made`` here; each in another order of threads."""
 
-    def __init__(self, architecture: int, seed: int) -> None:
-        self._architecture, self._seeds = architecture, itertools.count(seed)
+    def __init__(self, capability: tuple[int, int], seed: int) -> None:
+        self._architecture, self._shared_bytes = 100 * capability[0] + 10 * capability[1], SHARED_BYTES[capability]
+        self._seeds = itertools.count(seed)
         self._kernels: list[tuple[ctypes.CDLL, str]] = []
 
     def made(self, file: str, name: str, definitions: tuple[tuple[str, int], ...], device: int | None) -> Any:
@@ -92,10 +95,10 @@ class Driver:
         """
         configuration = launching._Configuration.from_address(address)
         library, name = self._kernels[(function.value or 0) - 1]
+        asked = configuration.shared_bytes
+        assert asked + OWN_BYTES <= self._shared_bytes, f"{name}: {asked} bytes of {self._shared_bytes}"
         seed = ctypes.c_ulonglong(next(self._seeds))
-        status = getattr(library, f"launch_{name}")(
-            configuration.grid, configuration.block[0], configuration.shared_bytes, arguments, seed
-        )
+        status = getattr(library, f"launch_{name}")(configuration.grid, configuration.block[0], asked, arguments, seed)
         assert status == 0, f"{name}: {library.what_was_wrong().decode()}"
         return 0
 
@@ -103,10 +106,10 @@ class Driver:
 @contextlib.contextmanager
 def emulation(capability: tuple[int, int] = (9, 0), n_sms: int = 6, seed: int = 0) -> Iterator[None]:
     """Run kernels on tensors in host memory, as if on a GPU of this capability with so many multiprocessors."""
-    driver = Driver(100 * capability[0] + 10 * capability[1], seed)
+    driver = Driver(capability, seed)
     properties = SimpleNamespace(
-        multi_processor_count=n_sms, shared_memory_per_block_optin=SHARED_BYTES,
-        shared_memory_per_multiprocessor=SHARED_BYTES + 1024,
+        multi_processor_count=n_sms, shared_memory_per_block_optin=SHARED_BYTES[capability],
+        shared_memory_per_multiprocessor=SHARED_BYTES[capability] + 1024,
     )  # fmt: skip
     users = [
         module for name, module in sys.modules.items() if name.startswith("salr.cuda.") and "function" in vars(module)

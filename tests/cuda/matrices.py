@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from salr.runtime import reference
@@ -12,7 +13,9 @@ from salr.runtime.packing import pack
 
 #: where kernels run: without a GPU those tests run that are marked ``emulated``
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(512, 256), (1000, 712), (576, 576), (192, 576), (1, 8), (300, 100), (4096, 4096)]
+#: too large to emulate
+LARGE = pytest.param((4096, 4096), marks=pytest.mark.large)
+SHAPES = [(512, 256), (1000, 712), (576, 576), (192, 576), (1, 8), (300, 100), LARGE]
 
 
 def weight(n_rows, n_columns, sparsity=0.5, encoding="bf16", group_size=128, kept=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -68,6 +69,15 @@ def test_the_fused_kernel_compiles_for_older_gpus():
 
 def test_every_kernel_file_has_its_targets():
     assert set(compilation.TARGETS) == {path.name for path in compilation.KERNELS.glob("*.cu")}
+
+
+def test_threads_that_compile_the_same_kernel_do_not_meet(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compilation, "cubin", lambda *_: time.sleep(0.01) or ELF)
+    with ThreadPoolExecutor(16) as pool:
+        found = set(pool.map(lambda _: compilation._cached("arrange_x.cu", (), "sm_90a"), range(16)))
+    assert [path.read_bytes() for path in found] == [ELF]
+    assert list(tmp_path.iterdir()) == list(found)
 
 
 def test_a_kernel_that_does_not_compile_says_where(monkeypatch):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 import pytest
 import torch
-from salr.cuda import compilation, fused
+from salr.cuda import compilation, expanded, fused, linear
 from salr.cuda.device_layout import lay_out
 from salr.cuda.fused import FusedProduct
 from salr.cuda.launching import Launch
 from salr.cuda.low_rank import fragments
 
+from salr.runtime import reference
 from tests.cuda import emulated, matrices
 from tests.cuda.test_decoded import cuts, decoded
 from tests.cuda.test_linear import check_fused, one_launch_products
@@ -37,6 +39,57 @@ def test_products_give_the_same_bits_in_any_order_of_threads(batch):
 def test_the_fused_product_is_right_on_older_gpus(encoding, batch):
     with emulated.emulation(capability=(8, 0)):
         check_fused(matrices.weight(1000, 712, 0.5, encoding), 24, batch, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("encoding", "capability"), [("bf16", (8, 6)), ("nf4", (8, 0))])
+def test_many_ranks_and_rows_are_multiplied_in_little_shared_memory(encoding, capability):
+    packed, low_rank = matrices.weight(512, 256, 0.5, encoding), matrices.adapters(512, 256, 256)
+    x = torch.randn(64, 256).bfloat16()
+    with emulated.emulation(capability=capability):
+        product = FusedProduct(lay_out(packed, torch.bfloat16), fragments(low_rank, torch.bfloat16), None)
+        assert 0 < product.most_rows < 64
+        assert matrices.error(product(x), matrices.exact(x, packed, low_rank, None)) < 5e-3
+        assert matrices.error(linear.linear(x, packed, low_rank), matrices.exact(x, packed, low_rank, None)) < 5e-3
+
+
+def test_a_weight_with_everything_kept_is_expanded_in_little_shared_memory():
+    packed = matrices.weight(300, 200, 0.0)
+    with emulated.emulation(capability=(8, 6)):
+        expanded = linear.prepare(packed, None, None).product(torch.device("cpu"), torch.bfloat16).expanded
+        assert torch.equal(expanded.decode()[:, :200].float(), reference.dense(packed).bfloat16().float())
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("rank", [0, 24, 300])
+def test_no_rows_and_no_ranks_are_products_too(rank):
+    packed, low_rank = matrices.weight(300, 200), matrices.adapters(300, 200, rank)
+    prepared, none = linear.prepare(packed, low_rank, None), torch.empty(0, 200).bfloat16()
+    product = prepared.product(none.device, none.dtype)
+    assert product(none).shape == product.expanded.multiply(none, None).shape == (0, 300)
+    x = torch.randn(3, 200).bfloat16()
+    assert matrices.error(product(x), matrices.exact(x, packed, low_rank, None)) < 5e-3
+
+
+@pytest.mark.emulated
+def test_x_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="x has 90 columns, the weight 100"):
+        linear.linear(torch.randn(2, 90).bfloat16(), matrices.weight(300, 100))
+
+
+@pytest.mark.emulated
+def test_a_captured_workspace_lives_when_a_larger_one_takes_its_place(monkeypatch):
+    small, large = (
+        linear.prepare(matrices.weight(n, 128), None, None).product(torch.device("cpu"), torch.bfloat16).expanded
+        for n in (256, 1024)
+    )
+    x = torch.randn(4, 128).bfloat16()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    small(x)
+    captured = weakref.ref(next(iter(expanded._known_buffers(x.device).values())))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    large(x), small(x)
+    assert captured() is not None
+    assert captured() is not next(iter(expanded._known_buffers(x.device).values()))
 
 
 @pytest.mark.parametrize("n_sms", [1, 2, 13])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from salr.runtime.gradients import differentiable
 from salr.runtime.matrix import Matrix
-from tests.cuda.matrices import DEVICE, adapters, error, exact, weight
+from tests.cuda.matrices import DEVICE, LARGE, adapters, error, exact, weight
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def test_the_gradient_of_x_is_that_of_the_dense_matrix(encoding, dtype):
 
 
 @pytest.mark.emulated(shape=[(300, 100)], rank=[0, 300], batch=[40])
-@pytest.mark.parametrize("shape", [(4096, 4096), (300, 100), (1, 8)])
+@pytest.mark.parametrize("shape", [LARGE, (300, 100), (1, 8)])
 @pytest.mark.parametrize("rank", [0, 64, 300])
 @pytest.mark.parametrize("batch", [1, 40, 520])
 def test_any_size_and_rank_has_a_gradient(shape, rank, batch):

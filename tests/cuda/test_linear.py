@@ -141,11 +141,13 @@ def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
 @pytest.mark.emulated
 @pytest.mark.parametrize("batch", [4, 100])
 def test_x_may_begin_anywhere_in_its_buffer(batch):
-    from salr.cuda.linear import linear
+    from salr.cuda.linear import linear, prepare
 
     packed, low_rank = weight(512, 256), adapters(512, 256, 16)
     x = torch.randn(batch * 256 + 1, device=DEVICE).bfloat16()[1:].view(batch, 256)
     assert error(linear(x, packed, low_rank), exact(x, packed, low_rank, None)) < 5e-3
+    expanded = prepare(packed, low_rank, None).product(x.device, x.dtype).expanded
+    assert error(expanded.multiply(x, expanded.decode()), exact(x, packed, low_rank, None)) < 5e-3
 
 
 def test_threads_take_turns():
