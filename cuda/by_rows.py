@@ -1,8 +1,8 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
 At most 8 rows (16 of small weights), and up to 64: weight, adapters and bias in one launch (skinny.py, from compute
-capability 9.0 on, and fused.py). More, on compute capability 9.0: weights decoded into registers for asynchronous
-products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
+capability 9.0 on, and fused.py, with a second one to arrange x). More, on compute capability 9.0: weights decoded into
+registers for asynchronous products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from .skinny import LARGEST_BATCH as LARGEST_SKINNY
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
 from .skinny import SkinnyProduct
 
-#: microseconds of an expanded product beside the products, of a weight's expansion, bytes and operations a microsecond
-_EXPANDED_US, _EXPANSION_US, _BYTES, _OPERATIONS = 13.0, 1.3e-6, 3e6, 8e8
-#: of a fused product of 33 to 64 rows, and of a weight in it, of 16 bits or quantized
+# Measured on an H100; they choose on every GPU.
+#: an expanded product: what is done once, and to expand one weight, in microseconds
+_EXPANDED_US, _EXPANSION_US = 13.0, 1.3e-6
+#: cuBLAS: bytes and operations a microsecond
+_BYTES, _OPERATIONS = 3e6, 8e8
+#: a fused product of 33 to 64 rows: what is done once, and a weight of 16 bits or a quantized one, in microseconds
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 #: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
 #: have few rounds: its fixed costs are what skinny saves

@@ -1,7 +1,8 @@
 """The fused product for up to 64 rows of x: one launch for weight, adapters and bias.
 
-Invariant: the same input gives the same bits, whatever else runs; one prepared product must not run on two streams at
-the same time for the same slot, so each stream has its own counters and workspace.
+Where products are asynchronous one that arranges x comes before it. Invariant: the same input gives the same bits,
+whatever else runs. Each stream has its own counters and workspace, for graphs that were captured on one; launches of
+two streams must still not run at the same time (linear.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Launching a compiled kernel on torch's current stream, as a programmatic dependent launch.
 
-Invariant: arguments are laid out once; a launch changes pointers and asks the driver once, so that it costs the host a
-few microseconds. A dependent launch may begin before the kernel in front of it ends: its kernel waits by itself.
+Invariant: a launch's arguments are laid out when it is made; launching again changes pointers and asks the driver once,
+a few microseconds. A dependent launch may begin before the kernel in front of it ends: its kernel waits by itself.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
 from .launching import address
 
 RANKS_OF_TILE = 16
-#: the rank that the fused kernel takes: 16 tiles
+#: the rank that kernels take: 16 tiles
 LARGEST_RANK = 256
 
 

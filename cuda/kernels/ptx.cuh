@@ -24,15 +24,6 @@ DEVICE void barrier_init_fence() {
 DEVICE void barrier_arrive(u32 bar) {
   asm volatile("{\n.reg .b64 s;\nmbarrier.arrive.shared.b64 s, [%0];\n}" ::"r"(bar) : "memory");
 }
-// What a warp has done is done: one lane says so for all, or, for a checker that does not know what __syncwarp means, each.
-#ifndef EACH_LANE_ARRIVES
-#define EACH_LANE_ARRIVES 0
-#endif
-constexpr int ARRIVALS_OF_WARP = EACH_LANE_ARRIVES ? 32 : 1;
-DEVICE void arrive_for_warp(u32 bar, int lane) {
-  __syncwarp();
-  if (EACH_LANE_ARRIVES || lane == 0) barrier_arrive(bar);
-}
 DEVICE bool barrier_poll(u32 bar, u32 phase) {
   u32 done;
 #if HAS_BULK_COPIES
@@ -40,18 +31,12 @@ DEVICE bool barrier_poll(u32 bar, u32 phase) {
       "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
       : "=r"(done) : "r"(bar), "r"(phase) : "memory");
 #else
-  // sm_80 tests by state only: there, arrivals are counted by cp.async and a token of the phase is kept in `phase`.
   asm volatile(
       "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
       : "=r"(done) : "r"(bar), "r"(phase) : "memory");
 #endif
   return done;
 }
-DEVICE void barrier_wait(u32 bar, u32 phase) {
-  while (!barrier_poll(bar, phase)) {
-  }
-}
-
 // ---- global -> shared copies that complete on such a barrier; 16-byte units
 
 #if HAS_BULK_COPIES
@@ -229,4 +214,5 @@ DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEVICE float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+#include "waiting.cuh"

@@ -48,7 +48,7 @@ struct Run {
   DEVICE bool has_head(const Arguments& p) const { return begin > first_row * p.n_slabs; }
 };
 
-// Shared memory: items [depth][WARPS], x, sums of two teams [TEAMS][WARPS], parts of u, u. Barriers: of each item; of each
+// Shared memory: items [depth][WARPS], x, sums of the teams [TEAMS][WARPS], parts of u, u. Barriers: of each item; of each
 // chunk of x; of a team's sums, there and used; of u; of all warps' sums of the first row pair.
 struct Shared {
   u32 memory, full, x_full, sums_full, sums_empty, u_full, head_full;

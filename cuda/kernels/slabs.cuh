@@ -29,11 +29,11 @@ constexpr int SLAB_HEADER_BYTES = 32;
 constexpr int STEP_BYTES = 512;  // one 16 x 16 fragment of 16-bit weights
 constexpr int A_TILE_BYTES = 4 * STEP_BYTES;  // of A: 16 ranks x 64 columns
 constexpr int BITMAP_BYTES = HAS_BITMAP ? 128 : 0, SCALES_BYTES = HAS_SCALES ? 32 : 0;
-// What stands for x's columns from its last one to W's, whose number is a multiple of 128: weights there are 0, x must be finite.
+// Zeros, read in place of x beyond its last column: W's columns there are 0, but 0 times what is no number is not.
 __device__ const uint4 NO_COLUMNS[16] = {};
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;    // 1024 or 128, twice: or-ing in a magnitude adds it
 
-// Four 8-bit values, sign and magnitude, as they lie in two registers' low bytes -> two 16-bit floats, exactly.
+// Two 8-bit values, sign and magnitude -> two 16-bit floats, exactly.
 DEVICE u32 from_sign_magnitude(u32 pair) {  // bytes 0 and 2 of `pair`
   const u32 magnitude = subtract2((pair & 0x007f007fu) | MAGIC, MAGIC);
   return magnitude | ((pair << 8) & 0x80008000u);

@@ -12,8 +12,10 @@ import functools
 import hashlib
 import itertools
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ OWN_BYTES = 1 << 10  # that CUDA takes of each thread block's
 _KERNEL = re.compile(
     r'extern "C" __global__ void\s+(?:__cluster_dims__\((\w+)[^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
 )
+_VARIABLES = re.compile(r"^\s*__shared__ (?:__align__\(\d+\) )?\w+ ([^;]+);", re.MULTILINE)
 _DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 
@@ -41,7 +44,8 @@ def compiled(file: str, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     """Return a kernel's file compiled for the CPU, as a library of ``launch_<kernel>``."""
     source = compilation.source(file)
     kernels = "".join(f"\nKERNEL({name}, {cluster or 1})" for cluster, name in _KERNEL.findall(source))
-    text = '#include "gpu.h"\n' + _DYNAMIC.sub(r"\1* const \2 = (\1*)gpu::dynamic;", source) + kernels + "\n"
+    source = _DYNAMIC.sub(r"\1* const \2 = (\1*)gpu::dynamic;", _VARIABLES.sub(_with_names, source))
+    text = f'#include "gpu.h"\n{source}{kernels}\n'
     options = [f"-D{name}={value}" for name, value in definitions]
     headers = {path.name: path for folder in (compilation.KERNELS, EMULATOR) for path in folder.glob("*.*h")}
     library = _made(
@@ -50,19 +54,27 @@ def compiled(file: str, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDLL
     return _loaded(library)
 
 
+def _with_names(declaration: re.Match[str]) -> str:
+    """Return a declaration of variables in shared memory, and what tells the emulator where they are."""
+    names = [re.sub(r"\[.*", "", name).strip() for name in declaration[1].split(",")]
+    return declaration[0] + "".join(f" VARIABLE({name});" for name in names)
+
+
 def _made(text: str, options: list[str], headers: dict[str, Path]) -> Path:
     """Return what the compiler makes of a source, of the same source, headers and options once."""
+    BUILT.mkdir(parents=True, exist_ok=True)
     command = [find_compiler(), *FLAGS, *options]
     facts = repr([text, command, *(headers[name].read_text(encoding="utf-8") for name in sorted(headers))])
     folder = BUILT / hashlib.sha256(facts.encode()).hexdigest()[:24]
-    made = folder / "made"
+    made = BUILT / f"{folder.name}.made"
     if not made.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=folder.name, dir=BUILT))
         for name, path in headers.items():
             (folder / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "main.cpp").write_text(text, encoding="utf-8")
         subprocess.run([*command[:1], "main.cpp", *command[1:], "-o", "partial"], cwd=folder, check=True)
         (folder / "partial").replace(made)
+        shutil.rmtree(folder)
     return made
 
 

@@ -120,7 +120,7 @@ def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
             assert torch.equal(product(x, out), first)
 
 
-@pytest.mark.emulated(value=[float("inf")], batch=[1, 64])
+@pytest.mark.emulated(value=[float("inf")], batch=[1, 16, 64])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):

@@ -18,6 +18,6 @@ inline void bulk_copy_to_both(u32 to, const void* from, u32 bytes, u32 bar) {
   if (bytes % 16 || to % 16 || bytes == 0) gpu::fail("a copy of %u bytes to %u", bytes, to);
   for (u32 rank = 0; rank < 2; rank++)
     gpu::copy_later(of_rank(in_shared<u8>(to, bytes), rank), in_global<uint4>(from), bytes,
-                                 of_rank(in_shared<u64>(bar), rank), gpu::base_of_rank(rank));
+                                 of_rank(in_shared<u64>(bar), rank), gpu::base_of_rank(rank), false);
 }
 inline float4 load_of(const float4* own, u32 rank) { return *of_rank(own, rank); }

@@ -21,10 +21,10 @@
 namespace gpu {
 
 constexpr int MOST_BARRIERS = 16, MOST_AT_ONCE = 16, MOST_THREADS = 1024;
-constexpr double LIMIT_S = 60;
+constexpr double LIMIT_S = 300;
 
 struct Warp {
-  int arrived = 0, live = 0;
+  int arrived = 0, live = 0, site = 0;
   void (*run)(void**) = nullptr;
   void* given[WARP] = {};
 };
@@ -42,6 +42,7 @@ struct Copy {
   u32 bytes;
   u64* barrier;
   u8* const* of_block;
+  Thread* thread;  // after whose copies before it comes, null where in any order
 };
 
 struct Cluster {
@@ -74,7 +75,9 @@ struct Block : Place {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Fiber*> at_barrier[MOST_BARRIERS];
-  std::deque<Copy> copies;
+  std::vector<Copy> copies;
+  std::vector<bool> late;
+  std::vector<std::pair<u8*, size_t>> variables;
   Context scheduler;
   int live;
   u64 random;
@@ -125,10 +128,21 @@ static void release(Warp& warp) {
   block->moved = true;
 }
 
-void together(void* given, void (*run)(void**)) {
+void variable(void* place, size_t bytes) {
+  if (is_variable(place, bytes)) return;
+  own().variables.push_back({(u8*)place, bytes});
+  std::memset(place, 0xff, bytes);
+}
+bool is_variable(const void* place, size_t bytes) {
+  for (auto& each : own().variables)
+    if (place >= each.first && (const u8*)place + bytes <= each.first + each.second) return true;
+  return false;
+}
+
+void together(int site, void* given, void (*run)(void**)) {
   Warp& warp = own().warps[here->warp];
-  if (warp.arrived && warp.run != run) fail("lanes of a warp meet at different operations");
-  warp.run = run, warp.given[here->lane] = given;
+  if (warp.arrived && (warp.run != run || warp.site != site)) fail("lanes of a warp meet at different operations");
+  warp.run = run, warp.site = site, warp.given[here->lane] = given;
   if (++warp.arrived == warp.live) return release(warp);
   fiber().state = Fiber::WAITING;
   leave();
@@ -171,8 +185,8 @@ void count(u64* barrier, int arrivals, int bytes) {
   } while (!__atomic_compare_exchange_n(barrier, &before, after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
 }
 
-void copy_later(u8* to, const void* from, u32 bytes, u64* barrier, u8* const* of_block) {
-  own().copies.push_back({to, from, bytes, barrier, of_block});
+void copy_later(u8* to, const void* from, u32 bytes, u64* barrier, u8* const* of_block, bool in_order) {
+  own().copies.push_back({to, from, bytes, barrier, of_block, in_order ? here : nullptr});
 }
 
 static void finish(const Copy& copy) {
@@ -184,11 +198,17 @@ static void finish(const Copy& copy) {
 static void some_copies() {
   auto& copies = own().copies;
   if (copies.empty() || own().next_random() % 2) return;
-  for (u64 n = own().next_random() % (copies.size() + 1); n; n--) {
-    finish(copies.front());
-    copies.pop_front();
-    block->moved = true;
+  const u64 share = own().next_random() % 4;
+  size_t left = 0;
+  auto& late = own().late;  // threads of which a copy has been left for later
+  late.assign(copies[0].thread ? own().fibers.size() : 0, false);
+  for (const Copy& copy : copies) {
+    const bool is_late = (copy.thread && late[copy.thread->index.x]) || own().next_random() % 4 < share;
+    if (copy.thread && is_late) late[copy.thread->index.x] = true;
+    if (is_late) copies[left++] = copy;
+    else finish(copy), block->moved = true;
   }
+  copies.resize(left);
 }
 
 void multiply_later(float* sums, const u32* a, u64 x, int tiles) {
@@ -203,7 +223,7 @@ struct Wait {
 };
 void wait_for_all_groups_but(int n, void (*make)(Product* (&)[WARP])) {
   Wait mine{&fiber(), fiber().groups - n, make};
-  together(&mine, [](void** given) {
+  together(n, &mine, [](void** given) {
     auto** lanes = (Wait**)given;
     for (auto& products = lanes[0]->fiber->products; !products.empty() && products.front().group < lanes[0]->groups;) {
       Product* each[WARP];
@@ -235,7 +255,7 @@ static void begin(Block& b, Launch& launch, u32 number, char* stacks) {
   b.launch = &launch, b.cluster_of = &launch.clusters[number / launch.cluster];
   b.fibers = std::vector<Fiber>(n), b.warps = std::vector<Warp>((n + WARP - 1) / WARP);
   for (auto& waiting : b.at_barrier) waiting.clear();
-  b.copies.clear();
+  b.copies.clear(), b.variables.clear();
   b.live = (int)n;
   b.random = (launch.seed + 1) * 0x9e3779b97f4a7c15ull ^ (number + 1) * 0xbf58476d1ce4e5b9ull;
   std::memset(dynamic, 0xff, launch.shared_bytes);  // as a float, not a number
@@ -248,8 +268,10 @@ static void begin(Block& b, Launch& launch, u32 number, char* stacks) {
 }
 
 static void run_warp(Block& b, int warp) {
-  for (int i = warp * WARP; i < warp * WARP + WARP && i < (int)b.fibers.size(); i++) {
-    if (b.fibers[i].state != Fiber::READY) continue;
+  const int turn = (int)(b.next_random() % WARP), step = b.next_random() % 2 ? 1 : WARP - 1;
+  for (int lane = 0; lane < WARP; lane++) {
+    const int i = warp * WARP + (turn + lane * step) % WARP;
+    if (i >= (int)b.fibers.size() || b.fibers[i].state != Fiber::READY) continue;
     here = &b.fibers[i];
     change(b.scheduler, b.fibers[i].context);
   }

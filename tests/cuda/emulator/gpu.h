@@ -18,6 +18,7 @@ typedef unsigned long long u64;
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __shared__ static thread_local
+#define VARIABLE(name) gpu::variable(&name, sizeof name)  // behind each declaration of one in shared memory
 #define __align__(n) __attribute__((aligned(n)))
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
@@ -36,7 +37,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace gpu {
 
 constexpr int WARP = 32;
-constexpr int MOST_SHARED_BYTES = 227 << 10, FIRST_SHARED = 1024, MOST_VARIABLES = 512 << 10;
+constexpr int MOST_SHARED_BYTES = 227 << 10, FIRST_SHARED = 1024;
 
 // What a kernel sees of its thread, and of its thread block.
 struct Thread {
@@ -58,11 +59,14 @@ inline u8* const* own_base() { return base_of_rank(block->number % block->cluste
 
 void ask_again();                                        // somebody else has to do something first
 [[noreturn]] void fail(const char* format, ...);         // the launch ends with this complaint
-void together(void* given, void (*run)(void**));         // the last of a warp does `run`; null for lanes that have ended
+void variable(void* place, size_t bytes);                // in shared memory; not 0 before anybody writes it
+bool is_variable(const void* place, size_t bytes);
+void together(int site, void* given, void (*run)(void**));  // the last of a warp does `run`; null for lanes that have ended
 void meet(int barrier, int threads);                     // 0 threads: all that have not ended
 void cluster_meet();
 void count(u64* barrier, int arrivals, int bytes);       // of an mbarrier
-void copy_later(u8* to, const void* from, u32 bytes, u64* barrier, u8* const* of_block);  // 0 bytes: one arrival
+void copy_later(u8* to, const void* from, u32 bytes, u64* barrier, u8* const* of_block,
+                bool in_order);  // after this thread's copies before it; 0 bytes: one arrival
 
 // An mbarrier in its 64 bits: arrivals still to come, arrivals of a phase, bytes still to come, phase.
 struct Barrier {
@@ -131,20 +135,19 @@ inline u32 __byte_perm(u32 low, u32 high, u32 from) {
   return v;
 }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __threadfence(); }
 inline u32 atomicAdd(u32* p, u32 v) { return gpu::add(*p, v); }
 
 inline void __syncthreads() { gpu::meet(0, 0); }
-inline void __syncwarp() {
-  gpu::together(gpu::here, [](void**) {});
+inline void __syncwarp(int site = __builtin_LINE()) {
+  gpu::together(site, gpu::here, [](void**) {});
 }
 template <class T> struct Shuffled {
   T value, result;
   int from;
 };
-template <class T> T shuffle(T value, int from) {
+template <class T> T shuffle(int site, T value, int from) {
   Shuffled<T> mine{value, value, from};
-  gpu::together(&mine, [](void** given) {
+  gpu::together(site, &mine, [](void** given) {
     for (int lane = 0; lane < gpu::WARP; lane++) {
       auto* each = (Shuffled<T>*)given[lane];
       if (!each || each->from < 0) continue;
@@ -154,6 +157,10 @@ template <class T> T shuffle(T value, int from) {
   });
   return mine.result;
 }
-template <class T> T __shfl_sync(u32, T v, int from) { return shuffle(v, from & 31); }
-template <class T> T __shfl_xor_sync(u32, T v, int distance) { return shuffle(v, gpu::here->lane ^ distance); }
-template <class T> T __shfl_up_sync(u32, T v, int distance) { return shuffle(v, gpu::here->lane - distance); }
+template <class T> T __shfl_sync(u32, T v, int from, int site = __builtin_LINE()) { return shuffle(site, v, from & 31); }
+template <class T> T __shfl_xor_sync(u32, T v, int distance, int site = __builtin_LINE()) {
+  return shuffle(site, v, gpu::here->lane ^ distance);
+}
+template <class T> T __shfl_up_sync(u32, T v, int distance, int site = __builtin_LINE()) {
+  return shuffle(site, v, gpu::here->lane - distance);
+}

@@ -7,13 +7,14 @@
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - gpu::base()); }
 
-// Shared memory at `a`: dynamic, as far as the launch asked for it, or, before and behind that, variables.
+// Shared memory at `a`: what the launch asked for, or a variable.
 template <class T> T* in_shared(u32 a, u32 bytes = sizeof(T)) {
-  const int at = (int)a, first = gpu::FIRST_SHARED, end = first + gpu::MOST_SHARED_BYTES, asked = (int)gpu::block->shared_bytes;
-  const bool is_variable = (at >= -gpu::MOST_VARIABLES && at < first) || (at >= end && at < end + gpu::MOST_VARIABLES);
-  if (a % (bytes < 16 ? bytes : 16) || (!is_variable && (at < first || at + (int)bytes > first + asked)))
-    gpu::fail("%u bytes at %d of %d of shared memory", bytes, at - first, asked);
-  return (T*)(gpu::base() + at);
+  const int at = (int)a - gpu::FIRST_SHARED, asked = gpu::block->shared_bytes;
+  u8* place = gpu::base() + (int)a;
+  const bool is_inside = at >= 0 && at + (int)bytes <= asked;
+  if (a % (bytes < 16 ? bytes : 16) || !(is_inside || gpu::is_variable(place, bytes)))
+    gpu::fail("%u bytes at %d of %d of shared memory", bytes, at, asked);
+  return (T*)place;
 }
 template <class T> T* in_global(const void* p) {
   if ((u64)p % alignof(T)) gpu::fail("a pointer to memory that is not aligned to %zu", alignof(T));
@@ -25,23 +26,11 @@ template <class T> T* in_global(const void* p) {
 inline void barrier_init(u32 bar, int arrivals) { *in_shared<u64>(bar) = gpu::Barrier{(u32)arrivals, (u32)arrivals, 0, 0}.bits(); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(u32 bar) { gpu::count(in_shared<u64>(bar), 1, 0), gpu::block->moved = true; }
-#ifndef EACH_LANE_ARRIVES
-#define EACH_LANE_ARRIVES 0
-#endif
-constexpr int ARRIVALS_OF_WARP = EACH_LANE_ARRIVES ? 32 : 1;
-inline void arrive_for_warp(u32 bar, int lane) {
-  __syncwarp();
-  if (EACH_LANE_ARRIVES || lane == 0) barrier_arrive(bar);
-}
 inline bool barrier_poll(u32 bar, u32 phase) {
   const bool done = gpu::Barrier::of(gpu::load(*in_shared<u64>(bar))).phase != phase;
   if (done) gpu::block->moved = true;
   else gpu::ask_again();
   return done;
-}
-inline void barrier_wait(u32 bar, u32 phase) {
-  while (!barrier_poll(bar, phase)) {
-  }
 }
 
 // ---- global -> shared copies
@@ -50,11 +39,11 @@ inline void barrier_wait(u32 bar, u32 phase) {
 inline void barrier_expect(u32 bar, u32 bytes) { gpu::count(in_shared<u64>(bar), 1, bytes); }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   if (bytes % 16 || to % 16 || bytes == 0) gpu::fail("a copy of %u bytes to %u", bytes, to);
-  gpu::copy_later(in_shared<u8>(to, bytes), in_global<uint4>(from), bytes, in_shared<u64>(bar), gpu::own_base());
+  gpu::copy_later(in_shared<u8>(to, bytes), in_global<uint4>(from), bytes, in_shared<u64>(bar), gpu::own_base(), false);
 }
 #else
-inline void copy_16(u32 to, const void* from) { gpu::copy_later(in_shared<u8>(to, 16), in_global<uint4>(from), 16, nullptr, gpu::own_base()); }
-inline void arrive_after_copies(u32 bar) { gpu::copy_later(nullptr, nullptr, 0, in_shared<u64>(bar), gpu::own_base()); }
+inline void copy_16(u32 to, const void* from) { gpu::copy_later(in_shared<u8>(to, 16), in_global<uint4>(from), 16, nullptr, gpu::own_base(), true); }
+inline void arrive_after_copies(u32 bar) { gpu::copy_later(nullptr, nullptr, 0, in_shared<u64>(bar), gpu::own_base(), true); }
 #endif
 
 // ---- launches follow one another
@@ -67,8 +56,8 @@ inline void wait_for_previous_kernel() {}
 template <int N> void some_meet() { gpu::meet(1, N); }
 template <int N> void leave_registers() {}
 template <int N> void take_registers() {}
-inline u32 transposed(u32 v) {
-  gpu::together(&v, [](void** given) {
+inline u32 transposed(u32 v, int site = __builtin_LINE()) {
+  gpu::together(site, &v, [](void** given) {
     u16 matrix[8][8];
     for (int lane = 0; lane < 32; lane++) std::memcpy(&matrix[lane / 4][lane % 4 * 2], given[lane], 4);
     for (int lane = 0; lane < 32; lane++)
@@ -146,27 +135,31 @@ inline void fragment_of(int lane, const u32* a, float (&to)[16][16]) {
   for (int i = 0; i < 4; i++)
     for (int j = 0; j < 2; j++) to[lane / 4 + 8 * (i % 2)][lane % 4 * 2 + j + 8 * (i / 2)] = widen(a[i] >> 16 * j);
 }
+// 16 x 16 numbers of `a` times 16 x 8 of `b`, both by columns of `a`: `add` gets a lane's four, as mma.m16n8k16 has them.
+template <class Add> __attribute__((optimize("O3"))) void multiply_fragments(const float (&a)[16][16], const float (&b)[16][8], Add add) {
+  float sum[16][8] = {};
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < 16; k++)
+      for (int column = 0; column < 8; column++) sum[row][column] += a[row][k] * b[k][column];
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++) add(lane, i, sum[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+}
 struct Operands {
   float* c;
   const u32* a;
   u32 b[2];
 };
-inline void mma(float* c, const u32* a, u32 b0, u32 b1) {
+inline void mma(float* c, const u32* a, u32 b0, u32 b1, int site = __builtin_LINE()) {
   Operands mine{c, a, {b0, b1}};
-  gpu::together(&mine, [](void** given) {
-    float a[16][16], b[8][16];
+  gpu::together(site, &mine, [](void** given) {
+    float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++) {
       const auto* each = (Operands*)given[lane];
       fragment_of(lane, each->a, a);
-      for (int i = 0; i < 4; i++) b[lane / 4][lane % 4 * 2 + i % 2 + 8 * (i / 2)] = widen(each->b[i / 2] >> 16 * (i % 2));
+      for (int i = 0; i < 4; i++) b[lane % 4 * 2 + i % 2 + 8 * (i / 2)][lane / 4] = widen(each->b[i / 2] >> 16 * (i % 2));
     }
-    for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 4; i++) {
-        const float *row = a[lane / 4 + 8 * (i / 2)], *column = b[lane % 4 * 2 + i % 2];
-        float sum = 0.f;
-        for (int k = 0; k < 16; k++) sum += row[k] * column[k];
-        ((Operands*)given[lane])->c[i] += sum;
-      }
+    multiply_fragments(a, b, [&](int lane, int i, float sum) { ((Operands*)given[lane])->c[i] += sum; });
   });
 }
-inline float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+#include "waiting.cuh"

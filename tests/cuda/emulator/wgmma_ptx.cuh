@@ -13,19 +13,13 @@ inline void multiply_now(gpu::Product* (&each)[32]) {
   const u64 x = each[0]->x;
   const u32 begin = (u32)(x & 0x3fff) << 4, next_k = (u32)(x >> 16 & 0x3fff) << 4, next_rows = (u32)(x >> 32 & 0x3fff) << 4;
   for (int tile = 0; tile < each[0]->tiles; tile++) {
-    float b[8][16];
+    float b[16][8];
     for (int row = 0; row < 8; row++)
       for (int half = 0; half < 2; half++) {
         const u16* from = (const u16*)in_shared<uint4>(begin + half * next_k + tile * next_rows + row * 16);
-        for (int k = 0; k < 8; k++) b[row][8 * half + k] = widen(from[k]);
+        for (int k = 0; k < 8; k++) b[8 * half + k][row] = widen(from[k]);
       }
-    for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 4; i++) {
-        const float *of_a = a[lane / 4 + 8 * (i / 2)], *of_b = b[lane % 4 * 2 + i % 2];
-        float sum = 0.f;
-        for (int k = 0; k < 16; k++) sum += of_a[k] * of_b[k];
-        each[lane]->sums[4 * tile + i] += sum;
-      }
+    multiply_fragments(a, b, [&](int lane, int i, float sum) { each[lane]->sums[4 * tile + i] += sum; });
   }
 }
 template <int N> void wgmma_wait() { gpu::wait_for_all_groups_but(N, multiply_now); }
