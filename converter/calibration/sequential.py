@@ -22,7 +22,7 @@ from ..execution.packers import LayerInputs, Team, oriented
 from ..execution.packing import PackedModule, assembled
 from ..execution.spool import Hidden, Streams
 from ..methods.prune import Groups, keep_in_groups
-from ..methods.weighted import output_energy
+from ..methods.weighted import gram_matrix, output_energy
 from ..options import ConvertOptions, Method
 from ..plan import Plan, PlannedModule
 from ..sources.architecture import Architecture
@@ -211,10 +211,10 @@ class _BlockPacker:
             def products(hidden: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, _Statistics], torch.Tensor]:
                 wanted, output = capture(hidden[0])
                 if not method.sequential:
-                    return {t: _Statistics(x.T @ x, None) for t, x in wanted.items()}, output
+                    return {t: _Statistics(gram_matrix(x), None) for t, x in wanted.items()}, output
                 real, _ = capture(hidden[1])
                 cross = {t: wanted[t].T @ x if method.corrects else None for t, x in real.items()}
-                return {t: _Statistics(x.T @ x, cross[t]) for t, x in real.items()}, output
+                return {t: _Statistics(gram_matrix(x), cross[t]) for t, x in real.items()}, output
 
             for found, output in _windowed(self._team.pool, products, list(zip(source_in, packed_in, strict=True))):
                 outputs.append(output)

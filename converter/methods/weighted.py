@@ -15,6 +15,7 @@ from .subspace import subspace_step
 DAMPING = 0.01
 _CG_STEPS = 10
 _ROWS = 256
+_GRAM_COLUMNS = 192
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class ScaledGram:
         """C (K, K) of a Gram matrix that came from data."""
         assert self.matrix is not None
         return self.matrix
+
+
+def gram_matrix(inputs: torch.Tensor) -> torch.Tensor:
+    """Return X^T X (K, K) of X (tokens, K); beyond blocks on the diagonal one half is computed, the other copied."""
+    n_columns = inputs.shape[1]
+    gram = inputs.new_empty(n_columns, n_columns)
+    for start in range(0, n_columns, _GRAM_COLUMNS):
+        stop = min(start + _GRAM_COLUMNS, n_columns)
+        gram[start:, start:stop] = inputs[:, start:].T @ inputs[:, start:stop]
+        gram[start:stop, stop:] = gram[stop:, start:stop].T
+    return gram
 
 
 def damped_gram(gram: torch.Tensor) -> torch.Tensor:

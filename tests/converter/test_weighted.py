@@ -12,6 +12,7 @@ from salr.converter.methods.weighted import (
     DAMPING,
     ScaledGram,
     balance,
+    gram_matrix,
     output_energy,
     refine_factors,
     refit_values,
@@ -43,6 +44,14 @@ def best_product(error: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Te
     root = square_root(damped(gram))
     left, values, right = torch.linalg.svd(error.double() @ root, full_matrices=False)
     return (left[:, :rank] * values[:rank]) @ right[:rank] @ torch.linalg.inv(root)
+
+
+@pytest.mark.parametrize(("n_tokens", "n_columns"), [(1, 1), (7, 191), (50, 192), (30, 193), (64, 576), (5, 1000)])
+def test_a_gram_matrix_is_symmetric_and_that_of_its_inputs(n_tokens, n_columns):
+    inputs = torch.randn(n_tokens, n_columns)
+    gram = gram_matrix(inputs)
+    torch.testing.assert_close(gram, gram.T, rtol=0, atol=0)
+    torch.testing.assert_close(gram.double(), inputs.double().T @ inputs.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_tokens", [60, 5, 1])
