@@ -172,6 +172,8 @@ class ConvertOptions:
         """Refuse shards and parts that make no sense."""
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise OptionError(f"--max-shard-size {self.max_shard_size}", needed="a positive size, as 5GB")
+        if self.plan_file is not None and self.part is None and not self.looks_at_whole_model:
+            raise OptionError("--plan", needed="--part, --target-bits or --scope global", fix="drop --plan")
         if self.part is None:
             return
         if not 1 <= self.part[0] <= self.part[1]:

@@ -144,7 +144,7 @@ def plan_conversion(source: str | Path, options: ConvertOptions, partial: Partia
         return make_plan(checkpoint, adapters, options)
     if options.target_bits is not None and (not options.module.sparsity or options.overrides):
         raise OptionError(
-            "--target-bits chooses every sparsity and rank itself", fix="drop --sparsity 0, --preset and --set"
+            "--target-bits chooses every sparsity and rank itself", fix="drop --preset, --recipe and --set"
         )
     device = resolve_devices(options.device)[0]
 

@@ -172,6 +172,8 @@ def check_output(path: Path, *, force: bool, is_directory: bool = False) -> None
         raise OutputError("the output exists already", path=path, fix="remove it, or choose another name")
     if path.is_dir():
         raise OutputError("this is a directory", path=path, needed="a file name", fix="give a name ending in .salr")
+    if path.exists() and not path.is_file():
+        raise OutputError("this is no regular file", path=path, needed="a file name", fix="choose another name")
     if path.exists() and not force:
         raise OutputError("the output exists already", path=path, fix="give --force to replace it, or another name")
     if not path.parent.is_dir():

@@ -7,6 +7,7 @@ their bytes is handed out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,16 @@ class SalrFile:
         """
         with IntegrityCheck(self) as check:
             yield from check.findings()
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check the whole file on threads while the body works with it; leaving the body waits for the check.
+
+        Raises:
+            FormatError: a digest or a module's structure is wrong.
+        """
+        with IntegrityCheck(self) as check, check.awaited():
+            yield
 
     def _is_int8(self, module: str, adapter: str) -> bool:
         """Tell whether an adapter's factors are int8 and have rank_scales."""

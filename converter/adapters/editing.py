@@ -44,12 +44,13 @@ def add_adapter(
     """Add a PEFT LoRA (a directory or a hub id) to a .salr file, bit for bit; ``name`` defaults to the directory's.
 
     Raises:
-        AdapterError: the name is taken, a key matches no packed module, or shapes disagree.
+        AdapterError: the name is taken, a key matches no packed module, shapes disagree, or a weight is not finite.
         SalrError: file or directory cannot be read, or the output cannot be written.
     """
     file, adapter = SalrFile(path), Adapter(locate(directory).path, name or Path(directory).resolve().name)
     check_new_name(file, adapter.name)
     _check_is_factors(adapter)
+    adapter.require_finite()
     matched = match_modules(file, adapter)
     modules = {
         module: replace(entry, adapters=(*entry.adapters, matched[module].entry())) if module in matched else entry

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,12 +90,28 @@ class Adapter:
         """Return a factor's bytes, memory-mapped unless it is computed."""
         if key in self._computed:
             return byte_view(self._computed[key]().contiguous().reshape(-1).view(torch.uint8).numpy())
-        file = next(file for file in self._files if file.path.name == self.keys[key].file)
-        return file.raw(key)
+        raw: memoryview = self._file_of(key).raw(key)
+        return raw
 
     def read(self, tensor: SourceTensor) -> torch.Tensor:
         """Return one of its tensors in its own dtype; callers must not write to it."""
         return tensor_from_bytes(self.raw(tensor.name), tensor.dtype, tensor.shape)
+
+    def require_finite(self) -> None:
+        """Look at every weight.
+
+        Raises:
+            AdapterError: one holds NaN or infinity.
+        """
+        for name, tensor in self.keys.items():
+            weight = tensor_from_bytes(self._file_of(name).raw(name), tensor.dtype, tensor.shape)
+            if weight.is_floating_point() and not bool(weight.float().isfinite().all()):
+                raise AdapterError(
+                    "holds NaN or infinity", path=self.directory, tensor=name, fix="take an earlier checkpoint of it"
+                )
+
+    def _file_of(self, key: str) -> Any:
+        return next(file for file in self._files if file.path.name == self.keys[key].file)
 
     def weight_paths(self) -> list[Path]:
         """Return the files with factors."""

@@ -15,6 +15,8 @@ from ...formats.errors import CalibrationError
 from ..options import SYNTHETIC, CalibrationOptions
 from ..sources.checkpoint import Checkpoint, read_json
 
+#: names of the number of positions in config.json
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 
 
@@ -24,7 +26,7 @@ def calibration_tokens(options: CalibrationOptions, checkpoint: Checkpoint) -> t
     Raises:
         CalibrationError: the text is missing, empty or too short, a line has no text, or there is no tokenizer.
     """
-    length = min(options.length, int(checkpoint.config.get("max_position_embeddings") or options.length))
+    length = window_length(options, checkpoint)
     generator = torch.Generator().manual_seed(options.seed)
     if options.text == SYNTHETIC:
         return _synthetic_tokens(checkpoint, options.samples, length, generator)
@@ -38,6 +40,14 @@ def calibration_tokens(options: CalibrationOptions, checkpoint: Checkpoint) -> t
         )
     starts = torch.randint(0, len(ids) - length, (options.samples,), generator=generator)
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+def window_length(options: CalibrationOptions, checkpoint: Checkpoint) -> int:
+    """Return how many tokens a window has: as many as asked for, and as the model has positions."""
+    text = checkpoint.config.get("text_config")  # of models that see, too
+    configs = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
+    limits = [config[name] for config in configs for name in _POSITIONS if isinstance(config.get(name), int)]
+    return min(options.length, *(limit for limit in limits if limit > 0)) if limits else options.length
 
 
 def _synthetic_tokens(checkpoint: Checkpoint, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:

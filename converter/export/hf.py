@@ -38,7 +38,7 @@ def export_hf(path: str | Path, out: str | Path, evaluation: CardEvaluation | No
     file = SalrFile(path)
     file.require_one_file("salr export hf")
     config = exported_config(file)
-    with output_directory(out) as partial:
+    with output_directory(out) as partial, file.checked():
         try:
             for name in file.assets:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)

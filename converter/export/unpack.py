@@ -51,7 +51,7 @@ def unpack(
             needed="values_from 'source' to leave it out",
             fix="drop --no-residual",
         )
-    with output_directory(out) as partial:
+    with output_directory(out) as partial, file.checked():
         write_assets(file, partial, wanted)
         write_weights(file, partial, wanted, lambda module: residual, merge=merge, progress=progress)
     return Path(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -70,6 +71,8 @@ def convert(
     from ..converter.options import ConvertOptions
     from ..converter.pipeline import plan_conversion
 
+    if target_bits is not None and (sparsity is not None or rank is not None):
+        raise OptionError("--target-bits chooses every sparsity and rank itself", fix="drop --sparsity and --rank")
     options = ConvertOptions(
         module=module_options(
             preset,
@@ -225,11 +228,14 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     show_warnings([note for note in (*report.notes, *size_warnings(report)) if note not in said], quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
     checkpoint = plan.checkpoint
-    given = "".join(f" --adapter {adapter.name}={adapter.directory}" for adapter in plan.adapters)
-    console.say(f"next:  salr verify {report.path} --against {checkpoint.named}{given}", quiet=quiet)
+    out = shlex.quote(str(report.path))
+    given = [word for adapter in plan.adapters for word in ("--adapter", f"{adapter.name}={adapter.directory}")]
+    against = shlex.join(["--against", str(checkpoint.named), *given])
+    console.say(f"next:  salr verify {out} {against}", quiet=quiet)
     if checkpoint.location.is_dir():
-        console.say(f"       salr eval {report.path} --reference {checkpoint.location} --text FILE", quiet=quiet)
-    console.say(f"       salr inspect {report.path} --html page.html", quiet=quiet)
+        reference = shlex.quote(str(checkpoint.location))
+        console.say(f"       salr eval {out} --reference {reference} --text FILE", quiet=quiet)
+    console.say(f"       salr inspect {out} --html page.html", quiet=quiet)
 
 
 def show_warnings(warnings: Iterable[str], quiet: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,11 +61,8 @@ def hf(
 
     export_hf(path, out, None if evaluation is None else _recorded(evaluation))
     console.say(f"wrote {out}", quiet=quiet)
-    console.say(
-        f'next:  python -c "import salr; from transformers import AutoModelForCausalLM as A; '
-        f"A.from_pretrained('{out}')\"",
-        quiet=quiet,
-    )
+    code = f"import salr; from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(out)!r})"
+    console.say(f"next:  python -c {shlex.quote(code)}", quiet=quiet)
 
 
 def _recorded(path: Path) -> CardEvaluation:

@@ -40,7 +40,7 @@ def generate(
     quiet: console.Quiet = False,
 ) -> None:
     """Generate text with FILE, in the model's chat format where it has one."""
-    from ..runtime.generation import GenerateOptions
+    from ..runtime.generation import GenerateOptions, has_chat_template
     from ..runtime.loading import load, load_tokenizer
 
     options = GenerateOptions(max_tokens, temperature, seed, raw)
@@ -48,6 +48,8 @@ def generate(
     if prompt is None and as_json:
         raise OptionError("--json without a prompt", fix="give a prompt")
     tokenizer = load_tokenizer(path)
+    if system is not None and (raw or not has_chat_template(tokenizer)):
+        raise OptionError("--system without a chat template", fix="drop it, or write it into the prompt")
     model = load(path, device=device, dtype=dtype, backend=backend)
     if scales is not None:
         model.set_adapters(scales)

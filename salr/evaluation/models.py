@@ -141,7 +141,9 @@ class PackedModel(ModelSource):
         self.bits_per_weight = size_report(self.file).bits_per_weight if self.file.modules else 0.0
 
     def _from_pretrained(self, **options: Any) -> Any:
-        return self.model_class().from_pretrained(None, config=self._own_config(), state_dict=self._state(), **options)
+        with self.file.checked():
+            config, state = self._own_config(), self._state()
+            return self.model_class().from_pretrained(None, config=config, state_dict=state, **options)
 
     def _own_config(self) -> Any:
         import transformers

@@ -5,6 +5,7 @@ Invariant: the residual belongs to the weight and is never switched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,15 @@ def set_adapters(model: Any, scales: Mapping[str, float]) -> None:
     """Make exactly these trained adapters active: name -> factor on the scaling it was trained with; {} for none.
 
     Raises:
-        AdapterError: the model has no adapter of that name.
+        AdapterError: the model has no adapter of that name, or a factor is no finite number.
+        TypeError: ``scales`` is no mapping.
     """
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales {scales!r}; needed a mapping from names to factors, as {{'name': 1.0}}")
     known = adapter_names(model)
-    for name in scales:
+    for name, factor in scales.items():
+        if not math.isfinite(factor):
+            raise AdapterError(f"adapter {name!r} with factor {factor}", needed="a finite number")
         if name not in known:
             raise AdapterError(f"adapter {name!r}", needed="one of " + (", ".join(known) or "none: the model has none"))
     for _, module in packed_modules(model):

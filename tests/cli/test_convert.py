@@ -264,3 +264,49 @@ def test_what_was_found_is_told_without_reading_a_weight(llama, tmp_path, monkey
     monkeypatch.setattr(Checkpoint, "raw", lambda self, name: pytest.fail(f"{name} is read, or computed"))
     show_source(plan, plan.options, tmp_path / "out.salr", quiet=False)
     assert megabytes(sum(sizes)) in capsys.readouterr().out.splitlines()[0]
+
+
+def test_what_is_no_file_is_not_replaced_by_force(fails, source, tmp_path):
+    import os
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "no regular file" in fails("convert", source, pipe, "--force", "--method", "magnitude")
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("option", [("--sparsity", 0.6), ("--rank", 4)])
+def test_a_budget_beside_what_it_chooses_is_refused(fails, source, tmp_path, option):
+    said = fails("convert", source, tmp_path / "o.salr", "--target-bits", 8, *option)
+    assert "--target-bits chooses every sparsity and rank itself; drop --sparsity and --rank" in said
+
+
+def test_a_plan_for_nothing_is_refused(fails, source, tmp_path):
+    said = fails("convert", source, tmp_path / "o.salr", "--plan", tmp_path / "p", "--method", "magnitude")
+    assert "--plan, needed --part" in said
+
+
+def test_next_commands_can_be_pasted_whatever_the_paths(salr, source, tmp_path):
+    import shlex
+
+    spaced = source.rename(tmp_path / "a model's dir")
+    said = salr("convert", spaced, tmp_path / "o o.salr", "--method", "magnitude", "--rank", 4).stdout
+    words = shlex.split(next(line for line in said.splitlines() if line.startswith("next:")))
+    assert words[1:] == ["salr", "verify", str(tmp_path / "o o.salr"), "--against", str(spaced)]
+
+
+def test_an_adapter_that_is_not_finite_is_refused(fails, salr, llama32, make_lora, packed, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_lora(llama32, seed=7)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+    out = tmp_path / "o.salr"
+    said = fails("convert", llama32, out, "--adapter", f"x={folder}", "--method", "magnitude", "--rank", 4)
+    assert f"tensor '{name}': holds NaN or infinity" in said and not out.exists()
+    mine = tmp_path / "mine.salr"
+    mine.write_bytes(packed.read_bytes())
+    assert "holds NaN or infinity" in fails("adapters", "add", mine, f"x={folder}")
+    assert mine.read_bytes() == packed.read_bytes()

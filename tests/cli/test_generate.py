@@ -136,3 +136,7 @@ def test_a_device_that_is_not_there_is_one_line(speaker, device, found):
     for process in [subprocess.Popen(line, cwd=ROOT, text=True, **pipes) for line in lines]:
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 1 and found in said and len(said.splitlines()) == 1, said
+
+
+def test_a_system_message_needs_a_template(fails, speaker):
+    assert "--system without a chat template" in fails("generate", speaker, "w5", "--system", "w6", "--raw")

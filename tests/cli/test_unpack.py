@@ -49,3 +49,22 @@ def test_an_unwritable_place_is_one_line(fails, packed):
 
 def test_a_missing_file_is_one_line(fails, tmp_path):
     assert "no such file" in fails("unpack", tmp_path / "nowhere.salr", tmp_path / "out")
+
+
+def flipped(packed, tmp_path, name):
+    """Return a copy of a file with one bit of a tensor's first byte flipped."""
+    import salr as library
+
+    tensor, damaged = library.SalrFile(packed).tensors[name], tmp_path / "damaged.salr"
+    data = bytearray(packed.read_bytes())
+    data[tensor.begin] ^= 1
+    damaged.write_bytes(data)
+    return damaged
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.values", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("command", [("unpack",), ("export", "hf"), ("export", "peft")])
+def test_a_damaged_file_is_refused_by_what_writes_weights_elsewhere(fails, packed, tmp_path, name, command):
+    damaged, out = flipped(packed, tmp_path, name), tmp_path / "out"
+    assert name in fails(*command, damaged, out) and not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.salr"]

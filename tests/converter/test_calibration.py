@@ -66,6 +66,18 @@ def test_random_tokens_favour_low_ids_unless_the_vocabulary_is_not_ordered_by_fr
     assert low["BPE"] > 0.65 and 0.45 < low["WordPiece"] < 0.55
 
 
+@pytest.mark.parametrize(
+    "config", [{"n_positions": 40}, {"max_seq_len": 40}, {"text_config": {"max_position_embeddings": 40}}]
+)
+def test_positions_are_found_by_each_of_their_names(llama, tmp_path, calibration, config):
+    folder = shutil.copytree(llama, tmp_path / "m")
+    known = json.loads((folder / "config.json").read_text())
+    del known["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(known | config))
+    tokens = calibration_tokens(salr.CalibrationOptions("synthetic", 3, 1000), Checkpoint(folder))
+    assert tokens.shape == (3, 40)
+
+
 def test_a_window_is_never_longer_than_the_models_positions(llama, calibration):
     assert calibration_tokens(calibration(length=1000), Checkpoint(llama)).shape == (3, 64)
 
