@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..converter.execution.packers import Executor
     from ..converter.options import ConvertOptions
     from ..converter.plan import Plan
+    from ..converter.sources.checkpoint import Checkpoint
     from ..converter.report import ConvertReport
 
 EXECUTORS = ("local", "ray")
@@ -196,7 +197,7 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     spool = f" and {console.megabytes(needs.spool_bytes)} meanwhile" if needs.spool_bytes else ""
     available = needs.free_memory_bytes
     memory = f" ({console.megabytes(available)} free)" if available is not None else ""
-    console.say(f"        {describe_method(options)}, {options.device}", quiet=quiet)
+    console.say(f"        {describe_method(options, plan.checkpoint)}, {options.device}", quiet=quiet)
     console.say(
         f"        peak memory about {console.megabytes(needs.memory_bytes)}{memory}, disk "
         f"{console.megabytes(needs.disk_bytes)}{spool} ({console.megabytes(free)} free)",
@@ -207,10 +208,12 @@ def show_source(plan: Plan, options: ConvertOptions, out: Path, quiet: bool) -> 
     show_warnings(plan.notes, quiet)
 
 
-def describe_method(options: ConvertOptions) -> str:
+def describe_method(options: ConvertOptions, checkpoint: Checkpoint) -> str:
     """Return method, scope, pattern and data in a few words."""
+    from ..converter.calibration.data import window_length
+
     data = options.data
-    kind = "no data" if data is None else f"{data.samples} windows of {data.length} tokens"
+    kind = "no data" if data is None else f"{data.samples} windows of {window_length(data, checkpoint)} tokens"
     source = "" if data is None else " (random tokens)" if data.text == "synthetic" else f" ({Path(data.text).name})"
     scope = "2:4" if options.pattern == "2:4" else f"per {options.chosen_scope}"
     return f"{options.chosen_method} {scope}, {kind}{source}"

@@ -310,3 +310,7 @@ def test_an_adapter_that_is_not_finite_is_refused(fails, salr, llama32, make_lor
     mine.write_bytes(packed.read_bytes())
     assert "holds NaN or infinity" in fails("adapters", "add", mine, f"x={folder}")
     assert mine.read_bytes() == packed.read_bytes()
+
+
+def test_the_plan_says_how_long_windows_really_are(salr, source, tmp_path):
+    assert "16 windows of 64 tokens (random tokens)" in salr("convert", source, tmp_path / "o.salr", "--rank", 4).stdout
