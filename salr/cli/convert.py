@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ..converter.execution.packers import Executor
     from ..converter.options import ConvertOptions
     from ..converter.plan import Plan
-    from ..converter.sources.checkpoint import Checkpoint
     from ..converter.report import ConvertReport
+    from ..converter.sources.checkpoint import Checkpoint
 
 EXECUTORS = ("local", "ray")
 
