@@ -12,7 +12,7 @@ from salr.runtime.packed import Adapters, PackedWeight
 from salr.runtime.packing import pack
 
 #: where kernels run: without a GPU those tests run that are marked ``emulated``
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 #: too large to emulate
 LARGE = pytest.param((4096, 4096), marks=pytest.mark.large)
 SHAPES = [(512, 256), (1000, 712), (576, 576), (192, 576), (1, 8), (300, 100), LARGE]

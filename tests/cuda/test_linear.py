@@ -248,17 +248,18 @@ def test_bfloat16_weights_take_at_most_1_15_bytes():
 
 @pytest.mark.parametrize("rank", [0, 24])
 @pytest.mark.parametrize("batch", [100, 300, 1024])
-def test_sparse_tensor_cores_give_the_product_of_2_4_weights(rank, batch, monkeypatch):
+@pytest.mark.parametrize("columns", [768, 712])
+def test_sparse_tensor_cores_give_the_product_of_2_4_weights(rank, batch, columns, monkeypatch):
     from salr.cuda import linear
     from salr.cuda.semi_structured import ENVIRONMENT_VARIABLE, SemiStructuredProduct
 
     if not torch.backends.cusparselt.is_available():
         pytest.skip("torch was built without cuSPARSELt")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "1")
-    kept = torch.rand(512, 192, 4, device=DEVICE).argsort(2) < 2
-    packed = dataclasses.replace(weight(512, 768, kept=kept.flatten(1)), pattern="2:4")
-    low_rank, bias = adapters(512, 768, rank) if rank else None, torch.randn(512, device=DEVICE)
-    x = torch.randn(batch, 768, device=DEVICE).bfloat16()
+    kept = torch.rand(512, columns // 4, 4, device=DEVICE).argsort(2) < 2
+    packed = dataclasses.replace(weight(512, columns, kept=kept.flatten(1)), pattern="2:4")
+    low_rank, bias = adapters(512, columns, rank) if rank else None, torch.randn(512, device=DEVICE)
+    x = torch.randn(batch, columns, device=DEVICE).bfloat16()
     prepared = linear.prepare(packed, low_rank, bias)
     assert isinstance(prepared.product(x.device, x.dtype).expanded, SemiStructuredProduct)
     assert error(linear.apply(prepared, x), exact(x, packed, low_rank, bias)) < 5e-3
