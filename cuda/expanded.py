@@ -21,7 +21,7 @@ import torch
 from .beside import Beside, Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, aligned, stream_of
+from .launching import Launch, aligned, is_capturing, stream_of
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
@@ -56,7 +56,7 @@ class ExpandedProduct:
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
         n_rows, rows = self.weight.n_rows, _rows_of_part(self._n_columns, self.weight.n_row_blocks)
         buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing(x.device):
             self._captured.append(buffer)
         if rows >= n_rows:
             return self._multiply(self._sides(x), self._whole_in(buffer), self._bias)

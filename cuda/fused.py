@@ -136,8 +136,7 @@ class FusedProduct:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
-        properties: Any = torch.cuda.get_device_properties(self.device)
-        self._shared_bytes, self._n_sms = properties.shared_memory_per_block_optin, properties.multi_processor_count
+        self._properties: Any = torch.cuda.get_device_properties(self.device)
         self._rounds = rounds_of_block(weight)
         self._block_steps = adapters.block_tiles if adapters else 0
         self._first_step = (
@@ -157,7 +156,8 @@ class FusedProduct:
             ValueError: shared memory has no room for any rows.
         """
         if not self.most_rows:
-            raise ValueError(f"{self._shared_bytes} bytes of shared memory are too few for these ranks")
+            room = self._properties.shared_memory_per_block_optin
+            raise ValueError(f"{room} bytes of shared memory are too few for these ranks")
         out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
         for start in range(0, x.shape[0], self.most_rows):
             part = slice(start, start + self.most_rows)
@@ -224,7 +224,8 @@ class FusedProduct:
         weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
-        free_bytes = self._shared_bytes - fixed_shared_bytes(weight.encoding) - u_bytes
+        room = self._properties.shared_memory_per_block_optin
+        free_bytes = room - fixed_shared_bytes(weight.encoding) - u_bytes
         stages = min(free_bytes // stage_bytes, max(2, _RING_BYTES // stage_bytes), _MOST_STAGES)
         return _Ring(max(0, stages), stage_bytes, weight_bytes, u_bytes)
 
@@ -242,7 +243,7 @@ class FusedProduct:
 
     def _plan(self, tile: Tile, x_rows: int) -> _Plan:
         weight, work = self.weight, self._work(tile)
-        n_blocks = min(self._n_sms, work.n_row_blocks * work.rounds_w)
+        n_blocks = min(self._properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))

@@ -120,10 +120,15 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether torch's current stream is being captured as a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def uncaptured(device: torch.device) -> Iterator[None]:
     """Run what is inside at once, on a stream of its own, where torch's current stream is being captured."""
-    if not torch.cuda.is_current_stream_capturing():
+    if not is_capturing(device):
         yield
         return
     mode = ctypes.c_int(_RELAXED_CAPTURE)  # what is not captured may allocate and be waited for

@@ -26,6 +26,7 @@ import torch
 from salr.cuda import compilation, expanded, launching, linear, operations, sums
 
 from salr.onnx.library import find_compiler
+from salr.runtime import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 BUILT = Path(__file__).parents[2] / "build" / "emulated"
@@ -131,12 +132,15 @@ def emulation(capability: tuple[int, int] = (9, 0), n_sms: int = 6, seed: int = 
             stack.enter_context(mock.patch.object(module, "function", driver.made))
         for name, answer in (
             ("current_device", 0), ("get_device_properties", properties), ("get_device_capability", capability),
-            ("is_current_stream_capturing", False), ("synchronize", None),
+            ("synchronize", None),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
         stack.enter_context(mock.patch.object(launching, "driver", lambda: driver))
         stack.enter_context(mock.patch.object(linear, "reason_unusable", lambda: None))
+        for known in (backends.backend_for, backends._found):
+            known.cache_clear()  # what was found out about this machine
+            stack.callback(known.cache_clear)
         for workspaces in (sums._known, expanded._known_buffers, operations._workspace, operations._splits):
             workspaces.cache_clear()  # a launch that failed may leave them as no other may find them
             stack.callback(workspaces.cache_clear)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(matrices.DEVICE != "cpu", reason="there is a GPU
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("batch", [1, 9, 40])
+@pytest.mark.parametrize("batch", [1, 40])
 def test_products_give_the_same_bits_in_any_order_of_threads(batch):
     low_rank, bias = matrices.adapters(1000, 712, 24), torch.randn(1000)
     packed, x = matrices.weight(1000, 712), torch.randn(batch, 712).bfloat16()
@@ -88,10 +88,10 @@ def test_a_captured_workspace_lives_when_a_larger_one_takes_its_place(monkeypatc
         for n in (256, 1024)
     )
     x = torch.randn(4, 128).bfloat16()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(expanded, "is_capturing", lambda device: True)
     small(x)
     captured = weakref.ref(next(iter(expanded._known_buffers(x.device).values())))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(expanded, "is_capturing", lambda device: False)
     large(x), small(x)
     assert captured() is not None
     assert captured() is not next(iter(expanded._known_buffers(x.device).values()))

@@ -24,7 +24,7 @@ def product(packed, low_rank, dtype):
     return Matrix(packed, low_rank).product(torch.device(DEVICE), dtype, None, "cuda").trainable()
 
 
-@pytest.mark.emulated(dtype=[torch.bfloat16], encoding=["bf16", "nf4"])
+@pytest.mark.emulated(dtype=[torch.bfloat16], encoding=["bf16"])
 @pytest.mark.parametrize("encoding", ["bf16", "fp16", "fp32", "int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_x_is_that_of_the_dense_matrix(encoding, dtype):
@@ -36,7 +36,7 @@ def test_the_gradient_of_x_is_that_of_the_dense_matrix(encoding, dtype):
     assert error(gradient, upstream.double() @ columns.T) < 5e-3
 
 
-@pytest.mark.emulated(shape=[(300, 100)], rank=[0, 300], batch=[40])
+@pytest.mark.emulated(shape=[(300, 100)], rank=[300], batch=[40])
 @pytest.mark.parametrize("shape", [LARGE, (300, 100), (1, 8)])
 @pytest.mark.parametrize("rank", [0, 64, 300])
 @pytest.mark.parametrize("batch", [1, 40, 520])

@@ -47,14 +47,14 @@ def check_fused(packed, rank, batch, dtype=torch.bfloat16, tolerance=5e-5):
             assert error(product(wide, out), expected) < limit
 
 
-@pytest.mark.emulated(shape=[(1000, 712), (192, 576), (300, 100), (1, 8)], batch=[1, 5, 9, 17, 33, 64])
+@pytest.mark.emulated(shape=[(1000, 712), (1, 8)], batch=[1, 5, 9, 17, 33, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch):
     check_fused(weight(*shape), 24, batch)
 
 
-@pytest.mark.emulated(sparsity=[0.0, 0.95], batch=[1, 40])
+@pytest.mark.emulated(sparsity=[0.0], batch=[1])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 16, 40])
@@ -69,7 +69,7 @@ def test_float16_activations_are_multiplied(encoding, batch):
     check_fused(weight(640, 512, 0.5, encoding, 64), 24, batch, torch.float16, tolerance=1e-4)
 
 
-@pytest.mark.emulated(rank=[0, 80])
+@pytest.mark.emulated(rank=[80])
 @pytest.mark.parametrize("rank", [0, 1, 7, 16, 64, 80, 144, 256])
 @pytest.mark.parametrize("batch", [1, 33])
 def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
@@ -85,7 +85,7 @@ def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
         check_fused(weight(*shape), rank, 27)
 
 
-@pytest.mark.emulated(encoding=["bf16"], n_blocks=[7], batch=[8, 13])
+@pytest.mark.emulated(encoding=["bf16"], n_blocks=[7], batch=[13])
 @pytest.mark.parametrize("n_blocks", [1, 3, 7])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 8, 13])
@@ -120,7 +120,7 @@ def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
             assert torch.equal(product(x, out), first)
 
 
-@pytest.mark.emulated(value=[float("inf")], batch=[1, 16, 64])
+@pytest.mark.emulated(value=[float("inf")], batch=[16, 64])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):

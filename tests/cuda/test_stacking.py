@@ -90,7 +90,7 @@ def test_what_cannot_be_stacked_is_told(layers, reason):
 
 
 @pytest.mark.gpu
-@pytest.mark.emulated(encoding=["bf16"], batch=[1, 100])
+@pytest.mark.emulated(encoding=["bf16"], batch=[1, 100], given=[(16, None, 40)])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("batch", [1, 5, 32, 100, 300])
 @pytest.mark.parametrize("given", [(64, 64, 64), (16, None, 40), (None, None, None)])
