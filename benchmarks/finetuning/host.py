@@ -114,7 +114,9 @@ def replaced_driver() -> Iterator[None]:
     nothing = ctypes.CDLL(None).sched_yield
     nothing.argtypes = (ctypes.c_void_p,) * 4
     driver: Any = SimpleNamespace(cuLaunchKernelEx=nothing)
-    gpu: Any = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10, multi_processor_count=132)
+    gpu: Any = SimpleNamespace(
+        shared_memory_per_multiprocessor=228 << 10, shared_memory_per_block_optin=227 << 10, multi_processor_count=132
+    )
     kernels = {"function": lambda *_: Function(1, 0), "definitions": lambda *_: (), "stream_of": lambda _: 0}
     cuda = {"get_device_properties": lambda _: gpu, "current_device": lambda: 0}
     with contextlib.ExitStack() as stack:
