@@ -117,7 +117,7 @@ def replaced_driver() -> Iterator[None]:
     gpu: Any = SimpleNamespace(
         shared_memory_per_multiprocessor=228 << 10, shared_memory_per_block_optin=227 << 10, multi_processor_count=132
     )
-    kernels = {"function": lambda *_: Function(1, 0), "definitions": lambda *_: (), "stream_of": lambda _: 0}
+    kernels = {"function": lambda *_: Function(1, 0), "definitions": lambda *_, **__: (), "stream_of": lambda _: 0}
     cuda = {"get_device_properties": lambda _: gpu, "current_device": lambda: 0}
     with contextlib.ExitStack() as stack:
         for module, replaced in ((beside, kernels), (expanded, kernels), (torch.cuda, cuda)):
