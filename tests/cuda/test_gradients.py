@@ -36,7 +36,7 @@ def test_the_gradient_of_x_is_that_of_the_dense_matrix(encoding, dtype):
     assert error(gradient, upstream.double() @ columns.T) < 5e-3
 
 
-@pytest.mark.emulated(shape=[(300, 100)], rank=[300], batch=[40])
+@pytest.mark.emulated(rank=[])
 @pytest.mark.parametrize("shape", [LARGE, (300, 100), (1, 8)])
 @pytest.mark.parametrize("rank", [0, 64, 300])
 @pytest.mark.parametrize("batch", [1, 40, 520])
