@@ -69,14 +69,14 @@ def test_float16_activations_are_multiplied(encoding, batch):
     check_fused(weight(640, 512, 0.5, encoding, 64), 24, batch, torch.float16, tolerance=1e-4)
 
 
-@pytest.mark.emulated(rank=[80])
+@pytest.mark.emulated(rank=[])
 @pytest.mark.parametrize("rank", [0, 1, 7, 16, 64, 80, 144, 256])
 @pytest.mark.parametrize("batch", [1, 33])
 def test_any_rank_is_multiplied_in_the_same_launch(rank, batch):
     check_fused(weight(2048, 1024), rank, batch)
 
 
-@pytest.mark.emulated(shape=[(1000, 712)])
+@pytest.mark.emulated(shape=[(1000, 712)], rounds=[1, 10])
 @pytest.mark.parametrize("rounds", [1, 10, 100])
 @pytest.mark.parametrize("shape", [(1000, 712), (2040, 1024)])
 def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
@@ -120,7 +120,7 @@ def test_the_same_input_gives_the_same_bits_a_hundred_times(batch):
             assert torch.equal(product(x, out), first)
 
 
-@pytest.mark.emulated(value=[float("inf")], batch=[16, 64])
+@pytest.mark.emulated(value=[float("inf")], batch=[16])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_and_nobody_waits_for_it(batch, value):
