@@ -137,6 +137,8 @@ def plan_conversion(source: str | Path, options: ConvertOptions, partial: Partia
         SourceError, AdapterError, OptionError: see ``convert``.
     """
     checkpoint, adapters = open_source(source, options)
+    for adapter in adapters:
+        adapter.require_finite()
     if partial is not None:
         assets = [asset.path for asset in checkpoint.assets()]
         check_is_no_input(partial.path, [*_input_files(checkpoint, adapters).paths.values(), *assets])

@@ -105,10 +105,8 @@ def make_plan(
     Raises:
         OptionError: a pattern matches nothing, or a rank exceeds min(N, K).
         SourceError: a weight is missing, misshapen or cannot be packed, or a name collides with one of the format's.
-        AdapterError: a key matches no linear layer of the base, shapes disagree, or a weight is not finite.
+        AdapterError: a key matches no linear layer of the base, or shapes disagree.
     """
-    for adapter in adapters:
-        adapter.require_finite()
     architecture = Architecture(checkpoint)
     notes = check_weights(checkpoint, architecture.model) if architecture.model is not None else []
     choices = choose_tensors(checkpoint, architecture, options)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ from .beside import Factors
 from .compilation import ASYNC_CAPABILITY
 from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
-from .fused import FEWEST_ROUNDS, LARGEST_BATCH, FusedProduct, rounds_of_block
-from .launching import aligned, uncaptured
+from .fused import FEWEST_ROUNDS, LARGEST_BATCH, FusedProduct
+from .launching import ONE_AT_A_TIME, aligned, uncaptured
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 from .skinny import LARGEST_BATCH as LARGEST_SKINNY
@@ -39,8 +38,6 @@ _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 _SURELY_SKINNY = 8
 #: rows of x from which a quantized weight may be decoded; others are fused up to 64
 _FEWEST_DECODED = 33
-#: arguments of launches and workspaces are shared, so that one thread at a time makes a product
-_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,7 @@ class ProductByRows:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K) in its dtype."""
         x = aligned(self.weight.padded(x))
-        if not x.shape[0]:
-            return x.new_empty(0, self.weight.n_rows)
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             match self._kernel(x.shape[0]):
                 case "skinny":
                     return self._skinny(x)
@@ -105,7 +100,7 @@ class ProductByRows:
         capability = torch.cuda.get_device_capability(device)
         most_skinny = most_decoded = 0
         if self._has_kernels and capability >= LEAST_SKINNY:
-            fastest = LARGEST_SKINNY if rounds_of_block(weight) < FEWEST_ROUNDS else _SURELY_SKINNY
+            fastest = LARGEST_SKINNY if self._fused.rounds < FEWEST_ROUNDS else _SURELY_SKINNY
             most_skinny = min(fastest, self._skinny.most_rows)
         if self._has_kernels and capability == ASYNC_CAPABILITY:
             most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize

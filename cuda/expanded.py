@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ import torch
 from .beside import Beside, Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import Launch, aligned, is_capturing, stream_of
+from .launching import ONE_AT_A_TIME, Launch, aligned, is_capturing, stream_of
 
 _PART_BYTES = 256 * 2**20
 _BLOCKS_PER_SM = 3
 _MOST_BUFFERS = 3  # slabs in shared memory: the next ones on their way
 _TILES_BYTES = 16 * 16 * 144
-#: launches' arguments and workspaces are shared
-_ONE_AT_A_TIME = threading.RLock()
 
 
 class ExpandedProduct:
@@ -50,7 +47,7 @@ class ExpandedProduct:
         """Return the product (M, N) of x (M, x_columns), aligned, a part of the weight at a time."""
         if not x.shape[0]:
             return x.new_empty(0, self.weight.n_rows)
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._by_parts(x)
 
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +68,7 @@ class ExpandedProduct:
     def decode(self) -> torch.Tensor:
         """Return [W | B] (N, K padded + R)."""
         weight = self.weight
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._expand(weight.slabs.new_empty(weight.n_rows, self._n_columns, dtype=weight.dtype), 0)
 
     def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
@@ -79,7 +76,7 @@ class ExpandedProduct:
         x = aligned(self.weight.padded(x))
         if decoded is None or not x.shape[0]:
             return self(x)
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._multiply(self._sides(x), self._factors_of(decoded), self._bias)
 
     def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
@@ -150,11 +147,11 @@ class Expansion:
         self._n_slabs, device = weight.n_slabs, weight.slabs.device.index
         properties: Any = torch.cuda.get_device_properties(device)
         buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
-        fixed = _TILES_BYTES + fixed_shared_bytes(weight.encoding)
-        room = (properties.shared_memory_per_block_optin - fixed) // buffer_bytes
+        fixed = fixed_shared_bytes(weight.encoding)
+        room = (properties.shared_memory_per_block_optin - fixed - _TILES_BYTES) // buffer_bytes
         buffers = max(1, min(room, _MOST_BUFFERS))
         shared_bytes = buffers * buffer_bytes + _TILES_BYTES
-        all_bytes = buffers * buffer_bytes + fixed
+        all_bytes = shared_bytes + fixed
         per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
         self._most_blocks = per_sm * properties.multi_processor_count
         self._to, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))

@@ -137,8 +137,8 @@ class FusedProduct:
         self.device = weight.slabs.device
         self._capability = torch.cuda.get_device_capability(self.device)
         self._properties: Any = torch.cuda.get_device_properties(self.device)
-        self._rounds = rounds_of_block(weight)
-        self._block_steps = adapters.block_tiles if adapters else 0
+        self.rounds = rounds_of_block(weight)
+        self._block_steps, self._rank_tiles = (adapters.block_tiles, adapters.n_tiles) if adapters else (0, 0)
         self._first_step = (
             adapters.first_tile if adapters else torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
         )
@@ -196,7 +196,7 @@ class FusedProduct:
             sharers=address(plan.sharers), bias=address(self.bias), partial=address(partial),
             u_partial=address(u_partial), counters=address(counters),
             n_rows=weight.n_rows, n_columns=weight.x_columns, slabs_per_block=weight.n_slabs,
-            rank_tiles=adapters.n_tiles if adapters else 0,
+            rank_tiles=self._rank_tiles,
             block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.ring.weight_bytes,
             stage_bytes=plan.ring.stage_bytes, stages=plan.ring.stages,
         )  # fmt: skip
@@ -216,11 +216,11 @@ class FusedProduct:
         return next(fitting, 0)
 
     def _tile(self, batch: int) -> Tile:
-        return tile_for(batch, self.weight.encoding, self._capability, self._rounds)
+        return tile_for(batch, self.weight.encoding, self._capability, self.rounds)
 
     def _ring(self, tile: Tile, x_rows: int) -> _Ring:
-        weight, n_tiles = self.weight, self.adapters.n_tiles if self.adapters else 0
-        of_a, of_b = tile.SUB * n_tiles * 2048, min(self._block_steps, 2 * tile.SUB) * 8192
+        weight = self.weight
+        of_a, of_b = tile.SUB * self._rank_tiles * 2048, min(self._block_steps, 2 * tile.SUB) * 8192
         weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
@@ -230,10 +230,10 @@ class FusedProduct:
         return _Ring(max(0, stages), stage_bytes, weight_bytes, u_bytes)
 
     def _work(self, tile: Tile) -> Work:
-        weight, n_tiles, chunk = self.weight, self.adapters.n_tiles if self.adapters else 0, 2 * tile.SUB
+        weight, chunk = self.weight, 2 * tile.SUB
         return Work(
-            n_a=weight.n_slabs // tile.SUB if n_tiles else 0,
-            a_bytes=tile.SUB * n_tiles * 2048 * _A_COST,
+            n_a=weight.n_slabs // tile.SUB if self._rank_tiles else 0,
+            a_bytes=tile.SUB * self._rank_tiles * 2048 * _A_COST,
             n_row_blocks=weight.n_row_blocks,
             rounds_w=weight.n_slabs // tile.SUB,
             w_bytes=weight.slabs.numel() / weight.n_row_blocks / weight.n_slabs * tile.SUB,
@@ -247,7 +247,6 @@ class FusedProduct:
         a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
         chosen = schedule(work, n_blocks, a_splits)
         options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))
-        n_tiles = self.adapters.n_tiles if self.adapters else 0
         return _Plan(
             function=function("fused_linear.cu", "fused_linear", options, self.device.index),
             n_blocks=n_blocks,
@@ -256,7 +255,7 @@ class FusedProduct:
             schedule=torch.from_numpy(chosen).to(self.device),
             sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
-            u_partial_floats=max(4, 2 * a_splits * n_tiles * tile.NT * 128),
+            u_partial_floats=max(4, 2 * a_splits * self._rank_tiles * tile.NT * 128),
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from .compilation import Function
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _RELAXED_CAPTURE = 2
+#: launches' arguments and workspaces are shared, so that one thread at a time makes a product
+ONE_AT_A_TIME = threading.RLock()
 _INVALID_CONTEXT = 201  # a thread that has not used the GPU yet, as autograd's own at first
 
 

@@ -48,9 +48,8 @@ def add_norm(
     tensors = (x, None if residual is None else aligned(residual), scale, summed, normed)
     arguments = [*map(_pointer, tensors), ctypes.c_int(n_columns), ctypes.c_float(epsilon)]
     grid = (x.numel() // n_columns, 1, 1)
-    is_dependent = (
-        scale.data_ptr() == weight.data_ptr()
-    )  # the kernel reads weights early, and a copy of them may not be there yet
+    # The kernel reads weights early, and a copy of them may not be there yet.
+    is_dependent = scale.data_ptr() == weight.data_ptr()
     chosen = {"THREADS": _NORM_THREADS, "CHUNKS": chunks}
     _launch("add_norm", x, chosen, grid, _NORM_THREADS, arguments, is_dependent=is_dependent)
     return summed, normed

@@ -9,14 +9,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...formats.dtypes import byte_view
 from ...formats.errors import AdapterError
 from ...formats.manifest import RESIDUAL, LedgerLine, is_adapter_name
-from ..sources.checkpoint import SourceTensor, open_weights, read_json, tensor_from_bytes
+from ..sources.checkpoint import SourceTensor, WeightFile, open_weights, read_json, tensor_from_bytes
 from .keys import Factors, Parts, sort_keys
 from .records import input_file, packed_reason
 from .refusals import check_config
@@ -90,8 +89,7 @@ class Adapter:
         """Return a factor's bytes, memory-mapped unless it is computed."""
         if key in self._computed:
             return byte_view(self._computed[key]().contiguous().reshape(-1).view(torch.uint8).numpy())
-        raw: memoryview = self._file_of(key).raw(key)
-        return raw
+        return self._file_of(key).raw(key)
 
     def read(self, tensor: SourceTensor) -> torch.Tensor:
         """Return one of its tensors in its own dtype; callers must not write to it."""
@@ -110,7 +108,7 @@ class Adapter:
                     "holds NaN or infinity", path=self.directory, tensor=name, fix="take an earlier checkpoint of it"
                 )
 
-    def _file_of(self, key: str) -> Any:
+    def _file_of(self, key: str) -> WeightFile:
         return next(file for file in self._files if file.path.name == self.keys[key].file)
 
     def weight_paths(self) -> list[Path]:

@@ -44,10 +44,14 @@ def calibration_tokens(options: CalibrationOptions, checkpoint: Checkpoint) -> t
 
 def window_length(options: CalibrationOptions, checkpoint: Checkpoint) -> int:
     """Return how many tokens a window has: as many as asked for, and as the model has positions."""
-    text = checkpoint.config.get("text_config")  # of models that see, too
-    configs = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
-    limits = [config[name] for config in configs for name in _POSITIONS if isinstance(config.get(name), int)]
-    return min(options.length, *(limit for limit in limits if limit > 0)) if limits else options.length
+    limits = [config.get(name) for config in _configs(checkpoint) for name in _POSITIONS]
+    return min([options.length, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
+
+
+def _configs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return config.json, and what it says of the text of models that see, too."""
+    text = checkpoint.config.get("text_config")
+    return [checkpoint.config, *([text] if isinstance(text, dict) else [])]
 
 
 def _synthetic_tokens(checkpoint: Checkpoint, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -55,8 +59,7 @@ def _synthetic_tokens(checkpoint: Checkpoint, samples: int, length: int, generat
 
     Vocabularies of byte-pair and unigram tokenizers are so ordered; special tokens are left out.
     """
-    text = checkpoint.config.get("text_config")  # of models that see, too
-    size = checkpoint.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    size = next((config["vocab_size"] for config in _configs(checkpoint) if config.get("vocab_size")), None)
     if not isinstance(size, int):
         raise CalibrationError(
             "no vocab_size in config.json", path=checkpoint.directory, fix="give a text with --calibration FILE"

@@ -3,8 +3,8 @@
 // grid: enough thread blocks of 256 for a thread a (slab, chunk, row); no shared memory.
 #include "slabs.cuh"
 
-// x [batch, n_columns] 16-bit, an even number -> out [n_slabs][8 chunks][n_rows][8] 16-bit; chunk 2q + h, element 2t + e is column
-// 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights.
+// x [batch, n_columns] 16-bit, n_columns even -> out [n_slabs][8 chunks][n_rows][8] 16-bit; chunk 2q + h, element 2t + e
+// is column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights.
 extern "C" __global__ void arrange_x(const u16* x, uint4* out, int batch, int n_rows, int n_slabs, int n_columns) {
   let_next_kernel_start();
   wait_for_previous_kernel();

@@ -37,6 +37,7 @@ DEVICE bool barrier_poll(u32 bar, u32 phase) {
 #endif
   return done;
 }
+
 // ---- global -> shared copies that complete on such a barrier; 16-byte units
 
 #if HAS_BULK_COPIES

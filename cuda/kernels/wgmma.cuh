@@ -5,6 +5,7 @@
 // "core matrix", 128 contiguous bytes; step q of a unit multiplies chunks 2q and 2q + 1.
 #pragma once
 #include "slabs.cuh"
+#include "wgmma_ptx.cuh"
 
 constexpr int TM = 8 * NT;               // rows of x
 constexpr int CHUNK_BYTES = TM * 16;  // 8 columns of all rows
@@ -13,5 +14,3 @@ constexpr int CHUNK_BYTES = TM * 16;  // 8 columns of all rows
 DEVICE u64 x_descriptor(u32 x) {
   return ((u64)(x & 0x3ffffu) >> 4) | (u64)(CHUNK_BYTES >> 4) << 16 | (u64)(128 >> 4) << 32;
 }
-
-#include "wgmma_ptx.cuh"

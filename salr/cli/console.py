@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec
 
@@ -33,6 +34,12 @@ def say(text: str = "", *, quiet: bool = False) -> None:
     """Print a line of plain text (no markup is read from it)."""
     if not quiet:
         out.print(text, markup=False)
+
+
+def say_next(*commands: Sequence[object], quiet: bool = False) -> None:
+    """Print commands of salr, each from its words, as they can be pasted into a shell."""
+    for number, words in enumerate(commands):
+        say(("       " if number else "next:  ") + shlex.join(["salr", *map(str, words)]), quiet=quiet)
 
 
 def say_json(value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -231,14 +230,12 @@ def show_report(report: ConvertReport, plan: Plan, quiet: bool) -> None:
     show_warnings([note for note in (*report.notes, *size_warnings(report)) if note not in said], quiet)
     console.say(f"wrote {report.path} in {report.seconds:.1f} s", quiet=quiet)
     checkpoint = plan.checkpoint
-    out = shlex.quote(str(report.path))
+    out = report.path
     given = [word for adapter in plan.adapters for word in ("--adapter", f"{adapter.name}={adapter.directory}")]
-    against = shlex.join(["--against", str(checkpoint.named), *given])
-    console.say(f"next:  salr verify {out} {against}", quiet=quiet)
+    commands: list[list[object]] = [["verify", out, "--against", checkpoint.named, *given]]
     if checkpoint.location.is_dir():
-        reference = shlex.quote(str(checkpoint.location))
-        console.say(f"       salr eval {out} --reference {reference} --text FILE", quiet=quiet)
-    console.say(f"       salr inspect {out} --html page.html", quiet=quiet)
+        commands.append(["eval", out, "--reference", checkpoint.location, "--text", "FILE"])
+    console.say_next(*commands, ["inspect", out, "--html", "page.html"], quiet=quiet)
 
 
 def show_warnings(warnings: Iterable[str], quiet: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -111,9 +110,8 @@ def _show_report(report: FinetuneReport, seconds: float, quiet: bool) -> None:
     drawn = f"; losses in {report.curve}" if report.curve else ""
     out = report.saved.path
     console.say(f"wrote {out}, {console.megabytes(report.saved.n_bytes)}, in {seconds:.1f} s{drawn}", quiet=quiet)
-    console.say(f"next:  salr verify {shlex.quote(str(out))}", quiet=quiet)
-    console.say(f"       salr generate {out} PROMPT", quiet=quiet)
-    console.say(f"       salr eval {out} --text FILE", quiet=quiet)
+    commands = ["verify", out], ["generate", out, "PROMPT"], ["eval", out, "--text", "FILE"]
+    console.say_next(*commands, quiet=quiet)
 
 
 def _ends(report: FinetuneReport) -> tuple[float, float]:

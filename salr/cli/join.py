@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,4 +28,4 @@ def join(
     with console.progress_bar("join", quiet=quiet) as progress:
         n_bytes = join_shards(sources, out, force=force, fresh=fresh, progress=progress)
     console.say(f"wrote {out}, {console.megabytes(n_bytes)}", quiet=quiet)
-    console.say(f"next:  salr verify {shlex.quote(str(out))}", quiet=quiet)
+    console.say_next(["verify", out], quiet=quiet)

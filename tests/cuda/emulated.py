@@ -66,10 +66,9 @@ def _made(text: str, options: list[str], headers: dict[str, Path]) -> Path:
     BUILT.mkdir(parents=True, exist_ok=True)
     command = [find_compiler(), *FLAGS, *options]
     facts = repr([text, command, *(headers[name].read_text(encoding="utf-8") for name in sorted(headers))])
-    folder = BUILT / hashlib.sha256(facts.encode()).hexdigest()[:24]
-    made = BUILT / f"{folder.name}.made"
+    made = BUILT / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}.made"
     if not made.is_file():
-        folder = Path(tempfile.mkdtemp(prefix=folder.name, dir=BUILT))
+        folder = Path(tempfile.mkdtemp(prefix=made.stem, dir=BUILT))
         for name, path in headers.items():
             (folder / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "main.cpp").write_text(text, encoding="utf-8")
