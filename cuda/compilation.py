@@ -20,7 +20,6 @@ ENCODINGS = {"bitmap16": 0, "dense16": 2, "dense8": 3, "dense4": 4}
 TARGETS: dict[str, tuple[str, ...]] = {
     "decoded_linear.cu": ("sm_90a",),
     "tiles_of_x.cu": ("sm_90a",),
-    "arrange_x.cu": ("sm_90a",),
     "skinny_linear.cu": ("sm_90", "sm_90a", "sm_100"),
 } | {
     file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")

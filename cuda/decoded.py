@@ -24,14 +24,13 @@ from .device_layout import (
     fixed_shared_bytes,
     unit_bounds,
 )
+from .input_tiles import TilesOfInput
 from .launching import Launch, address, fields, stream_of
-from .low_rank import RANKS_OF_TILE, Fragments, addresses
+from .low_rank import Fragments, addresses
 
 #: decoded_linear.cu: THREADS, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
 _THREADS, _STEPS_BYTES = 384, 2 * 8 * 512
-_FEWEST_STAGES, _MOST_STAGES = 2, 16
-#: tiles_of_x.cu: PARTS, 8 * N_TILES, WARPS * SUMS float4
-_PARTS_OF_INPUT, _INPUT_ROWS, _INPUT_SUMS_BYTES = 8, 32, 8 * 512 * 16
+_FEWEST_STAGES, _MOST_STAGES = 3, 16
 #: NT of the shapes that are launched: 8 * NT rows of x a tile
 TILES_OF_ROWS = (16, 32)
 #: microseconds, measured on an H100 and an H200: of a slab's products by NT, and more for each tile of x that is on its
@@ -109,7 +108,7 @@ class DecodedProduct:
         begins = self._halves.to(torch.int64)
         largest = 16 * int((begins[1:] - begins[:-1]).max()) + HEADER_BYTES
         self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
-        self._input = _TilesOfInput(weight, adapters)
+        self._input = TilesOfInput(weight, adapters)
         self._launches: dict[int, tuple[_Arguments, ctypes.c_int, Launch, Launch]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
@@ -121,7 +120,9 @@ class DecodedProduct:
         shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
         out = x.new_empty(batch, weight.n_rows)
         n_m_tiles = shape.n_tiles // weight.n_row_blocks
-        tiles, tiles_of_u = self._input(x, n_m_tiles, shape.rows, stream)
+        tiles = x.new_empty(n_m_tiles * shape.rows, weight.padded_columns)
+        tiles_of_u = x.new_empty(n_m_tiles * shape.rows, self._input.ranks)
+        self._input(x, shape.rows, tiles, tiles_of_u, stream)
         arguments, clusters, launch, add = self._launch(shape.NT)
         arguments.x, arguments.u, arguments.y = tiles.data_ptr(), tiles_of_u.data_ptr(), out.data_ptr()
         arguments.batch = batch
@@ -173,33 +174,3 @@ def halves(weight: SlabWeight) -> torch.Tensor:
     """Return where each slab's units 0 and 8 begin, and the end, (2 * slabs + 1,) int32 in units of 16 bytes."""
     begins = unit_bounds(weight)[:, : UNITS : UNITS // 2].flatten()
     return torch.cat([begins, weight.offsets[-1:] + HEADER_BYTES // 16])
-
-
-class _InputArguments(ctypes.Structure):
-    _fields_ = fields("x lora_a scaling x_out u_out", "batch n_columns tile_rows n_slabs rank_tiles")
-
-
-class _TilesOfInput:
-    """The launch that gives x and u = (x A^T) * scaling in the order of asynchronous products, by tiles of rows."""
-
-    def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
-        self._columns = weight.padded_columns
-        self._ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
-        of_adapters = addresses(adapters)
-        self._arguments = _InputArguments(
-            lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"],
-            n_columns=weight.x_columns, n_slabs=weight.n_slabs, rank_tiles=adapters.n_tiles if adapters else 0,
-        )  # fmt: skip
-        half = int(weight.dtype == torch.float16)
-        handle = function("tiles_of_x.cu", "tiles_of_x", (("HALF", half),), weight.slabs.device.index)
-        shared_bytes = _INPUT_SUMS_BYTES if adapters else 0
-        self._launch = Launch(handle, (1, 1, 1), 256, shared_bytes, [self._arguments])
-
-    def __call__(self, x: torch.Tensor, n_tiles: int, rows: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x (M, x_columns) and its u (M, ranks) in their new order, ``n_tiles`` of ``rows`` rows each."""
-        x_out, u_out = x.new_empty(n_tiles * rows, self._columns), x.new_empty(n_tiles * rows, self._ranks)
-        arguments = self._arguments
-        arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
-        arguments.batch, arguments.tile_rows = x.shape[0], rows
-        self._launch.over(_PARTS_OF_INPUT, -(-x.shape[0] // _INPUT_ROWS))(stream)
-        return x_out, u_out

@@ -1,14 +1,15 @@
 """The fused product for up to 64 rows of x: one launch for weight, adapters and bias.
 
-Where products are asynchronous one that arranges x comes before it. Invariant: the same input gives the same bits,
-whatever else runs. Each stream has its own counters and workspace, for graphs that were captured on one; launches of
-two streams must still not run at the same time (linear.py).
+Where products are asynchronous one that arranges x and makes u comes before it. Invariant: the same input gives the
+same bits, whatever else runs. Each stream has its own counters and workspace, for graphs that were captured on one;
+launches of two streams must still not run at the same time (linear.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from .compilation import ASYNC_CAPABILITY, Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
+from .input_tiles import TilesOfInput
 from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 from .schedule import Work, schedule, sharers
@@ -35,7 +37,7 @@ class Tile:
     """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage.
 
     GATHERERS: warps that gather u, as many as registers allow; with none, consumers do.
-    ASYNC: asynchronous products (sm_90a), x arranged for them by a launch before.
+    ASYNC: asynchronous products (sm_90a), x arranged for them and u made by a launch before.
     """
 
     NT: int
@@ -64,7 +66,7 @@ class Tile:
 
 
 TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 8, 2, 7), Tile(8, 8, 2, 3))
-ASYNC_TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 16, 2, 3, 1), Tile(8, 16, 2, 3, 1))
+ASYNC_TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 16, 2, 0, 1), Tile(8, 16, 2, 0, 1))
 #: instead of the asynchronous one of 32 rows where a thread block has few rounds: no launch before it; and where it has
 #: fewest: those who multiply have nothing else to do when u comes
 SHORT_TILE, SHORTEST_TILE = Tile(4, 16, 2, 3), Tile(4, 16, 2, 0)
@@ -88,7 +90,7 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
 
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
-        "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x y partial u_partial counters",
+        "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x u y partial u_partial counters",
         "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_splits weight_bytes stage_bytes stages "
         "y_pitch",
     )
@@ -144,7 +146,7 @@ class FusedProduct:
         )
         self._plans: dict[tuple[Tile, int], _Plan] = {}
         self._launches: dict[
-            tuple[Tile, int, int], tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]
+            tuple[Tile, int, int], tuple[_Arguments, Launch, Callable[[torch.Tensor], None], tuple[torch.Tensor, ...]]
         ] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -173,16 +175,15 @@ class FusedProduct:
         if found is None:
             with uncaptured(self.device):
                 found = self._launches[key] = self._launch(*key)
-        arguments, launch, arrange, _ = found
-        arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
-        if arrange is not None:
-            arguments.x = arrange(x, stream)
+        arguments, launch, take, _ = found
+        take(x)
+        arguments.y, arguments.batch = out.data_ptr(), batch
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(stream)
 
     def _launch(
         self, tile: Tile, x_rows: int, stream: int
-    ) -> tuple[_Arguments, Launch, Arrangement | None, tuple[torch.Tensor, ...]]:
+    ) -> tuple[_Arguments, Launch, Callable[[torch.Tensor], None], tuple[torch.Tensor, ...]]:
         plan = self._plans.get((tile, x_rows))
         if plan is None:
             plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
@@ -203,11 +204,17 @@ class FusedProduct:
         launch = Launch(
             plan.function, (plan.n_blocks, 1, 1), tile.n_threads, plan.ring.shared_bytes, [arguments],
         )  # fmt: skip
-        arrange = None
-        if tile.ASYNC:
-            arranged = workspace(self.device, stream, "arranged", weight.padded_columns * 4 * tile.NT)
-            arrange = Arrangement(arranged, weight, 8 * tile.NT)
-        return arguments, launch, arrange, (counters, u_partial, partial)
+        take = self._tiles_of_input(arguments, tile, stream) if tile.ASYNC else functools.partial(_as_is, arguments)
+        return arguments, launch, take, (counters, u_partial, partial)
+
+    def _tiles_of_input(self, arguments: _Arguments, tile: Tile, stream: int) -> Callable[[torch.Tensor], None]:
+        """Return the launch before an asynchronous one, with what it gives in the arguments of that."""
+        weight, device, rows = self.weight, self.device, 8 * tile.NT
+        arranged = workspace(device, stream, "arranged", weight.padded_columns * rows // 2)
+        u = workspace(device, stream, "u", max(1, self._rank_tiles * tile.NT * 128))
+        arguments.x, arguments.u = arranged.data_ptr(), u.data_ptr()
+        launch = TilesOfInput(weight, self.adapters, is_few=True)
+        return lambda x: launch(x, rows, arranged, u, stream)
 
     @functools.cached_property
     def most_rows(self) -> int:
@@ -220,7 +227,8 @@ class FusedProduct:
 
     def _ring(self, tile: Tile, x_rows: int) -> _Ring:
         weight = self.weight
-        of_a, of_b = tile.SUB * self._rank_tiles * 2048, min(self._block_steps, 2 * tile.SUB) * 8192
+        of_a = 0 if tile.ASYNC else tile.SUB * self._rank_tiles * 2048
+        of_b = min(self._block_steps, 2 * tile.SUB) * 8192
         weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
@@ -232,7 +240,7 @@ class FusedProduct:
     def _work(self, tile: Tile) -> Work:
         weight, chunk = self.weight, 2 * tile.SUB
         return Work(
-            n_a=weight.n_slabs // tile.SUB if self._rank_tiles else 0,
+            n_a=weight.n_slabs // tile.SUB if self._rank_tiles and not tile.ASYNC else 0,
             a_bytes=tile.SUB * self._rank_tiles * 2048 * _A_COST,
             n_row_blocks=weight.n_row_blocks,
             rounds_w=weight.n_slabs // tile.SUB,
@@ -259,19 +267,5 @@ class FusedProduct:
         )
 
 
-class Arrangement:
-    """The launch that puts x in the order of asynchronous products."""
-
-    def __init__(self, arranged: torch.Tensor, weight: SlabWeight, n_rows: int) -> None:
-        self._arranged = arranged
-        self._x, self._batch = ctypes.c_void_p(), ctypes.c_int()
-        sizes = (n_rows, weight.n_slabs, weight.x_columns)
-        arguments = [self._x, ctypes.c_void_p(arranged.data_ptr()), self._batch, *map(ctypes.c_int, sizes)]
-        handle = function("arrange_x.cu", "arrange_x", (), arranged.device.index)
-        self._launch = Launch(handle, (-(-weight.n_slabs * 8 * n_rows // 256), 1, 1), 256, 0, arguments)
-
-    def __call__(self, x: torch.Tensor, stream: int) -> int:
-        """Arrange x (M, x_columns) and return where it lies."""
-        self._x.value, self._batch.value = x.data_ptr(), x.shape[0]
-        self._launch(stream)
-        return self._arranged.data_ptr()
+def _as_is(arguments: _Arguments, x: torch.Tensor) -> None:
+    arguments.x = x.data_ptr()

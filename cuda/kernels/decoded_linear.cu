@@ -11,7 +11,7 @@
 //             halves from both     | x of the slab, 64 columns: [4 chunks by block 0 | 4 by block 1] (or u of the steps) |
 //   full: all bytes of both rows have come.   empty: all 16 warps of both thread blocks have given the stage back.
 //
-// shared memory: `stages` (two at least) of `stage_bytes`.
+// shared memory: `stages` (three at least) of `stage_bytes`.
 #ifndef NT
 #define NT 32  // tiles of 8 rows of x
 #endif
@@ -187,17 +187,17 @@ struct Held {
 // A stage of W whose unit is opened, so that its weights can be taken.
 struct Opened {
   Unit unit;
-  u32 x, empty_bar;
+  u32 stage, x, empty_bar;  // x: its place for products
   float upper, lower;
   // The next stage; where there is none, the one at `held` again: it is not given back yet, so that what is read is sound.
   DEVICE void open(const Arguments& p, Ring& ring, bool is_there, u32 held, int unit_number, int first_unit, int lane) {
     while (is_there && !barrier_poll(ring.full_bar(), ring.phase)) {
     }
-    const u32 stage = is_there ? ring.here(p) : held;
+    stage = is_there ? ring.here(p) : held;
     const int begin = unit_number ? lds16(stage + 2 * unit_number) : 2, before = first_unit ? lds16(stage + 2 * first_unit) : 2;
     unit.open(stage + SLAB_HEADER_BYTES + 16 * (begin - before), lane);
     upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
-    x = stage + p.x_at;
+    x = x_place(stage + p.x_at);
     empty_bar = ring.empty_bar();
     if (is_there) ring.advance(p.stages);
   }
@@ -209,13 +209,13 @@ DEVICE void multiply_pair(const Opened& slab, int pair, u32 (&a)[2][4], Tiles& s
 #pragma unroll
   for (int i = 0; i < 8; i++) a[i / 4][i % 4] = scaled(a[i / 4][i % 4], i % 2 ? slab.lower : slab.upper);
   wgmma_fence();
-  wgmma(sum, a[0], x_descriptor(slab.x + 4 * pair * CHUNK_BYTES));
-  wgmma(sum, a[1], x_descriptor(slab.x + (4 * pair + 2) * CHUNK_BYTES));
+  wgmma(sum, a[0], x_descriptor(slab.x, 4 * pair));
+  wgmma(sum, a[1], x_descriptor(slab.x, 4 * pair + 2));
   wgmma_commit();
   wgmma_wait<1>();
 }
 
-// One slab; the next one is opened between its pairs.
+// One slab; the next one is opened first, so that its prefix sums are made beside the decoding.
 struct Slabs {
   const Arguments& p;
   Ring& ring;
@@ -227,9 +227,9 @@ struct Slabs {
     slab.open(p, ring, is_there, held, unit_number, first_unit, lane);
   }
   DEVICE void multiply(const Opened& now, Opened& next, bool has_next, u32 (&a)[2][2][4]) {
+    open(next, has_next, now.stage);
     multiply_pair(now, 0, a[0], sum, lane, table);
     held.release(lane);
-    open(next, has_next, now.x - p.x_at);
     multiply_pair(now, 1, a[1], sum, lane, table);
     held.bar = now.empty_bar;
   }
@@ -254,7 +254,7 @@ DEVICE void multiply_b(const Arguments& p, Ring& ring, Tiles& sum, int steps, in
     const uint4 v = lds128(stage + (step * HALF_UNITS + unit) * STEP_BYTES + lane * 16);
     const u32 a[4] = {v.x, v.y, v.z, v.w};
     wgmma_fence();
-    wgmma(sum, a, x_descriptor(stage + p.x_at + 2 * step * CHUNK_BYTES));
+    wgmma(sum, a, x_descriptor(x_place(stage + p.x_at), 2 * step));
     wgmma_commit();
     wgmma_wait<0>();
   }
@@ -316,7 +316,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   __syncthreads();
   cluster_meet();
   let_next_kernel_start();
-  const Ring ring{shared_address(full), shared_address(empty), shared_address(memory)};
+  const Ring ring{kept(shared_address(full)), kept(shared_address(empty)), kept(shared_address(memory))};
   if (warp >= CONSUMER_WARPS) {
     leave_registers<56>();
     if (threadIdx.x == CONSUMER_WARPS * 32) produce(p, ring, half);

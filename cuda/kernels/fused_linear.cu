@@ -4,8 +4,9 @@
 // block: WARPS consumer warps, one producer, GATHERERS.
 // shared memory: `stages` stages of `stage_bytes` (weights, then x) in a ring (stream.cuh), then u.
 //
-// The first `a_splits` thread blocks begin with a part of A each. The gatherers of a thread block that has B rounds add
-// all parts in order and put u = (x A^T) * scaling into shared memory, as two 16-bit floats a number.
+// u = (x A^T) * scaling stands in shared memory as two 16-bit floats a number. Where products are asynchronous it is there
+// before. Else the first `a_splits` thread blocks begin with a part of A each, and the gatherers of a thread block that has
+// B rounds add all parts in order.
 // A row block that several thread blocks share is summed from float32 partials, in thread-block order: the same bits
 // every time. Nothing is announced: a place for a sum is EMPTY until the sum is there, who needs it looks until it is, and
 // leaves the place empty (sums.cuh). All thread blocks are resident, and none waits with work left that others wait for.
@@ -21,6 +22,7 @@ constexpr int CONSUMERS = WARPS * 32;
 #endif
 constexpr int THREADS = CONSUMERS + 32 + GATHERERS * 32;
 
+#include "scaled_u.cuh"
 #include "sums.cuh"
 
 typedef float Tiles[RT][NT][4];
@@ -49,6 +51,7 @@ DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) {
 DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
   u32 a[2][2][4];
   Unit unit;
+  const u32 place = x_place(x);
 #pragma unroll
   for (int i = 0; i < 2 * SUB; i++) {
     const int slab = i / 2, pair = i % 2;
@@ -58,9 +61,8 @@ DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane
     }
     unit.fragments(pair, lane, a[pair], table);
     wgmma_fence();
-    const u32 step = x + (slab * 8 + 4 * pair) * CHUNK_BYTES;
-    wgmma(total[0], a[pair][0], x_descriptor(step));
-    wgmma(total[0], a[pair][1], x_descriptor(step + 2 * CHUNK_BYTES));
+    wgmma(total[0], a[pair][0], x_descriptor(place, slab * 8 + 4 * pair));
+    wgmma(total[0], a[pair][1], x_descriptor(place, slab * 8 + 4 * pair + 2));
     wgmma_commit();
     if (i + 1 < 2 * SUB)
       wgmma_wait<1>();
@@ -152,7 +154,7 @@ DEVICE void multiply_b(u32 b_address, u32 u_address, int steps, Tiles& sum, int 
   }
 }
 
-// u in shared memory, and its barriers: `full` when the gatherers have put it there, `empty` when it was the last needed.
+// u in shared memory, and its barriers: `full` when it is there, `empty` when it was the last needed.
 struct LowRank {
   u32 u, full, empty;
 };
@@ -189,6 +191,26 @@ DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int 
     float4 sum[1];
     sum_in_order<1, 8>(first, first + stride, stride, p.a_splits - 1, sum);
     sts128(u + i * 512 + lane * 16, as_u(sum[0], p.scaling + step * 16, lane));
+  }
+}
+
+// Asynchronous products: u of a row block's ranks, which begin at `first_step`, by one thread.
+DEVICE void copy_u(const Arguments& p, const LowRank& low_rank, int first_step) {
+#if ASYNC
+  const u32 bytes = p.block_steps * NT * 512;
+  barrier_expect(low_rank.full, bytes);
+  bulk_copy(low_rank.u, p.u + (size_t)first_step * NT * 512, bytes, low_rank.full);
+#endif
+}
+
+// The u of another row block than before, where consumers see to it themselves.
+DEVICE void fetch_u(const Arguments& p, const LowRank& low_rank, int first_step, bool is_first, u32 launch, int warp, int lane) {
+  if (!ASYNC || !is_first) consumers_meet();  // the u before is needed no more
+  if (ASYNC) {
+    if (!is_first && warp == 0 && lane == 0) copy_u(p, low_rank, first_step);
+  } else {
+    gather_u(p, low_rank.u, first_step, launch, warp, WARPS, lane);
+    consumers_meet();
   }
 }
 
@@ -275,17 +297,19 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   prefetch_small(p, stream, warp * 32 + lane);
   const int2 first_sharers = p.sharers[stream.first_block()], last_sharers = p.sharers[stream.last_block()];
   wait_for_previous_kernel();
-  const u32 launch = load_fresh(p.counters + blockIdx.x);
+  if (ASYNC && warp == 0 && lane == 0 && stream.first_with_b() <= stream.last_block())
+    copy_u(p, low_rank, p.first_step[stream.first_with_b()]);
+  const u32 launch = ASYNC ? 0 : load_fresh(p.counters + blockIdx.x);
   const u32 x_offset = p.weight_bytes + (ASYNC ? lane * 4 : (lane >> 2) * X_PITCH + (lane & 3) * 32);
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
   clear(sum);
-  for (int i = 0; i < stream.n_a; i++) {
+  for (int i = 0; !ASYNC && i < stream.n_a; i++) {
     barrier_wait(ring.full_bar(), ring.phase);
     multiply_a(p, ring.here(p), has_row ? ring.here(p) + x_offset : 0, sum, warp, lane);
     ring.release(lane, p.stages);
   }
-  if (stream.n_a) {
+  if (!ASYNC && stream.n_a) {
     publish_u(p, sum, launch, warp, lane);
     clear(sum);
   }
@@ -296,14 +320,11 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
     for (int k = segment.first; k < segment.end(); k++) {
       if (k == segment.last && have != p.first_step[row_block]) {
         if (GATHERERS && have >= 0) arrive_for_warp(low_rank.empty, lane);
+        if (!GATHERERS) fetch_u(p, low_rank, p.first_step[row_block], have < 0, launch, warp, lane);
         have = p.first_step[row_block];
-        if (GATHERERS) {
+        if (GATHERERS || ASYNC) {
           barrier_wait(low_rank.full, phase);
           phase ^= 1;
-        } else {
-          consumers_meet();  // the u before is needed no more
-          gather_u(p, low_rank.u, have, launch, warp, WARPS, lane);
-          consumers_meet();
         }
       }
       barrier_wait(ring.full_bar(), ring.phase);
@@ -326,6 +347,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   if (!first.is_whole(stream)) finish_shared(p, first.row_block, first_sharers, warp, lane);
   if (last.row_block != first.row_block && !last.is_whole(stream))
     finish_shared(p, last.row_block, last_sharers, warp, lane);
+  if (ASYNC) return;
   consumers_meet();  // all have read the number of the launch
   if (warp == 0 && lane == 0) p.counters[blockIdx.x] = launch + 1;
 }
@@ -340,8 +362,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __gr
       barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : 32);
       barrier_init(shared_address(empty + i), WARPS * ARRIVALS_OF_WARP);
     }
-    if (GATHERERS) {
-      barrier_init(shared_address(&u_full), GATHERERS * ARRIVALS_OF_WARP);
+    if (GATHERERS || ASYNC) {
+      barrier_init(shared_address(&u_full), ASYNC ? 1 : GATHERERS * ARRIVALS_OF_WARP);
       barrier_init(shared_address(&u_empty), WARPS * ARRIVALS_OF_WARP);
     }
     barrier_init_fence();

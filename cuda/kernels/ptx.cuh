@@ -10,6 +10,11 @@ typedef unsigned long long u64;
 #define HAS_BULK_COPIES (__CUDA_ARCH__ >= 900)
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// v, which the compiler is to keep, not to compute again.
+DEVICE u32 kept(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // ---- barriers in shared memory: a phase ends when all arrivals and all announced bytes have come
 
@@ -96,16 +101,17 @@ DEVICE u32 transposed(u32 v) {
 
 DEVICE u32 lds32(u32 a) { u32 v; asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
 DEVICE u32 lds16(u32 a) { u16 v; asm("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a)); return v; }
-// Four numbers of 16 bits: for each of the lowest four bits that is set the next one from `a` on, else 0. All predicates
-// come first: the machine makes four of them in one instruction.
-DEVICE void lds16_where(u32 bits, u32 a, u32& v0, u32& v1, u32& v2, u32& v3) {
-  asm("{\n.reg .pred p, q, r, s;\n.reg .b32 t, a;\n"
-      "and.b32 t, %4, 1;\nsetp.ne.b32 p, t, 0;\nand.b32 t, %4, 2;\nsetp.ne.b32 q, t, 0;\n"
-      "and.b32 t, %4, 4;\nsetp.ne.b32 r, t, 0;\nand.b32 t, %4, 8;\nsetp.ne.b32 s, t, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\nmov.b32 a, %5;\n"
-      "@p ld.shared.u16 %0, [a];\n@p add.u32 a, a, 2;\n@q ld.shared.u16 %1, [a];\n@q add.u32 a, a, 2;\n"
-      "@r ld.shared.u16 %2, [a];\n@r add.u32 a, a, 2;\n@s ld.shared.u16 %3, [a];\n}"
-      : "=&r"(v0), "=&r"(v1), "=&r"(v2), "=&r"(v3) : "r"(bits), "r"(a));
+// Numbers of 16 bits from four places, for those of bits `first` .. `first` + 3 that are set, else 0. All predicates come
+// first: the machine makes four of them in one instruction. Addresses are four registers: one that is added to waits until the
+// load before has read it.
+DEVICE void lds16_where(u32 bits, int first, const u32 (&a)[4], u32 (&v)[4]) {
+  asm("{\n.reg .pred p, q, r, s;\n.reg .b32 t;\n"
+      "and.b32 t, %8, %9;\nsetp.ne.b32 p, t, 0;\nand.b32 t, %8, %10;\nsetp.ne.b32 q, t, 0;\n"
+      "and.b32 t, %8, %11;\nsetp.ne.b32 r, t, 0;\nand.b32 t, %8, %12;\nsetp.ne.b32 s, t, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.shared.u16 %0, [%4];\n@q ld.shared.u16 %1, [%5];\n@r ld.shared.u16 %2, [%6];\n@s ld.shared.u16 %3, [%7];\n}"
+      : "=&r"(v[0]), "=&r"(v[1]), "=&r"(v[2]), "=&r"(v[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(bits), "r"(1u << first), "r"(2u << first), "r"(4u << first), "r"(8u << first));
 }
 DEVICE uint4 lds128(u32 a) {
   uint4 v;

@@ -1,5 +1,6 @@
 // u = (x A^T) * scaling for skinny_linear.cu: computed in parts by some thread blocks, added in order by all.
 #pragma once
+#include "scaled_u.cuh"
 #include "skinny.cuh"
 
 constexpr int A_AT_ONCE = 2;  // slabs of A that a finisher asks for

@@ -95,6 +95,19 @@ struct Unit {
     return __dp4a(before[group / 4], 2u << (8 * (group % 4)), at);
   }
 
+  // bitmap16: the four weights of a group; 0 where the lane's bits say that nothing is kept.
+  DEVICE void group(int group, u32& upper, u32& lower) const {
+    // How many are kept before the second, third and fourth: of four groups, a byte each.
+    const u32 bits = word >> (4 * (group / 4)), one = bits & 0x01010101u;
+    const u32 two = one + ((bits >> 1) & 0x01010101u), three = two + ((bits >> 2) & 0x01010101u);
+    const u32 first = values_of(group), of_group = 2u << (8 * (group % 4));
+    const u32 at[4] = {first, __dp4a(one, of_group, first), __dp4a(two, of_group, first), __dp4a(three, of_group, first)};
+    u32 v[4];
+    lds16_where(bits, 8 * (group % 4), at, v);
+    upper = side_by_side(v[0], v[1]);
+    lower = side_by_side(v[2], v[3]);
+  }
+
   DEVICE float scale(int row) const { return half_to_float(lds16(start + BITMAP_BYTES + 2 * row)); }
 
   // Add N tiles of products (16 rows x 8, as mma leaves them) times their rows' scales.
@@ -136,15 +149,8 @@ struct Unit {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++) kept(4 * pair + i, a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
+      for (int i = 0; i < 4; i++) group(4 * pair + i, a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
     }
   }
 
-  // bitmap16: the four weights of a group, 0 where nothing is kept.
-  DEVICE void kept(int group, u32& upper, u32& lower) const {
-    u32 v0, v1, v2, v3;
-    lds16_where(word >> (8 * (group % 4) + 4 * (group / 4)), values_of(group), v0, v1, v2, v3);
-    upper = side_by_side(v0, v1);
-    lower = side_by_side(v2, v3);
-  }
 };

@@ -18,7 +18,7 @@
 #define SUB 2  // slabs a stage
 #endif
 #ifndef ASYNC
-#define ASYNC 0  // asynchronous products (sm_90a): x comes arranged, one copy a stage
+#define ASYNC 0  // asynchronous products (sm_90a): tiles_of_x.cu has arranged x, one copy a stage, and made u
 #endif
 
 constexpr int CHUNK = 2 * SUB;                   // 16-rank steps of B a stage
@@ -36,7 +36,8 @@ struct Arguments {
   const int2* sharers;      // [row blocks] first and last thread block
   const int* first_step;    // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;        // [N] or null
-  const u8* x;              // [M, n_columns] 16-bit; where ASYNC, as arrange_x leaves it
+  const u8* x;              // [M, n_columns] 16-bit; where ASYNC, as tiles_of_x leaves it
+  const u8* u;              // ASYNC: [steps of all ranks][NT][32 lanes] 16 B, as tiles_of_x leaves it
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
   float4* partial;          // [grid][2][16 units][NT][32 lanes], empty between launches
   float4* u_partial;        // [2][a_splits][rank_tiles][NT][32 lanes], in turns; empty at first
@@ -60,6 +61,8 @@ struct Stream {
   DEVICE int size() const { return n_a + range.w - range.z; }
   DEVICE int first_block() const { return range.z / rounds; }
   DEVICE int last_block() const { return (range.w - 1) / rounds; }
+  // The first row block that begins here, if there are rounds of B: with those; else one behind the last.
+  DEVICE int first_with_b() const { return rounds_b ? (range.z + rounds - 1) / rounds : last_block() + 1; }
 };
 
 // A thread block's part of a row block: rounds of W first .. last, then those of B where it begins the row block.

@@ -1,13 +1,23 @@
-// x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which decoded_linear.cu's asynchronous products read them, from one
-// reading of x.
+// x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which asynchronous products read them, from one reading of x.
 //
-// grid: (8, one for each 32 rows), clusters of the 8 thread blocks of a row group, which share K; block: 8 warps, each with
-// slabs of its own. Sums are added warp after warp, then thread block after thread block: the same bits every time.
+// grid: (8, one for each 8 * N_TILES rows), clusters of the 8 thread blocks of a row group, which share K; block: WARPS warps,
+// each with slabs of its own. Sums are added warp after warp, then thread block after thread block: the same bits every time.
 // shared memory: SUMS float4 for each warp, where there are ranks.
 #include "cluster.cuh"
+#include "scaled_u.cuh"
 #include "slabs.cuh"
 
-constexpr int PARTS = 8, WARPS = 8, N_TILES = 4;  // thread blocks and warps that share K; tiles of 8 rows of x a thread block
+#ifndef N_TILES
+#define N_TILES 4  // of 8 rows of x a thread block; two at least
+#endif
+#ifndef WARPS
+#define WARPS 8
+#endif
+#ifndef FEW_ROWS
+#define FEW_ROWS 0  // one tile of rows, and u as fragments of two 16-bit floats a number, for fused_linear.cu
+#endif
+
+constexpr int PARTS = 8;                          // thread blocks that share K
 constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sums are held in registers
 constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
 
@@ -15,8 +25,8 @@ struct Arguments {
   const u16* x;          // [batch, n_columns], a multiple of 8
   const u8* lora_a;      // [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit
   const float* scaling;  // [rank_tiles * 16]
-  uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit: chunk and element as in arrange_x.cu
-  u16* u_out;            // [batch / tile_rows][rank_tiles * 2][tile_rows][8]
+  uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit; chunk 2q + h, element 2t + e is column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights
+  void* u_out;           // [batch / tile_rows][rank_tiles * 2][tile_rows][8] 16-bit, or [rank_tiles][tile_rows / 8][32 lanes] 16 B
   int batch, n_columns, tile_rows, n_slabs, rank_tiles;
 };
 
@@ -42,10 +52,23 @@ DEVICE void store_chunks(const Arguments& p, const uint4 (&x)[N_TILES][2], int s
   }
 }
 
-// This warp's slabs: x to its new order where `stores`, and its products with rank tiles first .. first + AT_ONCE - 1.
+// A slab of 16 ranks of A.
+DEVICE void load_ranks(const Arguments& p, int slab, int tile, uint4 (&a)[4], int lane) {
+  const uint4* from = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + tile) * A_TILE_BYTES) + lane;
+#pragma unroll
+  for (int step = 0; step < 4; step++) a[step] = from[32 * step];
+}
+
+// This warp's slabs: x to its new order where `stores`, and its products with rank tiles first .. first + AT_ONCE - 1. Of few
+// rows A of the first slab is asked for before x is known to be there: registers are left for it.
 DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT_ONCE][N_TILES][4], int warp, int lane) {
   const int begin = (blockIdx.x * WARPS + warp) * p.n_slabs / (PARTS * WARPS);
   const int end = (blockIdx.x * WARPS + warp + 1) * p.n_slabs / (PARTS * WARPS);
+  uint4 a[AT_ONCE][4];
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++)
+    if (FEW_ROWS && begin < end && first + t < p.rank_tiles) load_ranks(p, begin, first + t, a[t], lane);
+  if (first == 0) wait_for_previous_kernel();
   for (int slab = begin; slab < end; slab++) {
     uint4 x[N_TILES][2];
 #pragma unroll
@@ -60,10 +83,10 @@ DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
       if (first + t >= p.rank_tiles) break;
-      const uint4* a = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + first + t) * A_TILE_BYTES) + lane;
+      if (!FEW_ROWS || slab != begin) load_ranks(p, slab, first + t, a[t], lane);
 #pragma unroll
       for (int step = 0; step < 4; step++) {
-        const uint4 v = a[32 * step];
+        const uint4 v = a[t][step];
         const u32 fragment[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
@@ -77,13 +100,19 @@ DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT
 
 // u of one fragment, 16 ranks of tile `t` x 8 rows of x.
 DEVICE void store_u(const Arguments& p, int t, int n, float4 v, int lane) {
+  if (FEW_ROWS) {
+    const int tiles = p.tile_rows / 8, tile = blockIdx.y * N_TILES + n;
+    const uint4 u = as_u(v, p.scaling + 16 * t, lane);
+    if (tile < tiles) ((uint4*)p.u_out)[((size_t)t * tiles + tile) * 32 + lane] = u;
+    return;
+  }
   const float sums[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int rank = (lane >> 2) + 8 * (i / 2), row = blockIdx.y * 8 * N_TILES + 8 * n + 2 * (lane & 3) + i % 2;
     if (row >= p.batch) continue;
     const size_t chunk = (size_t)(row / p.tile_rows) * p.rank_tiles * 2 + 2 * t + rank / 8;
-    p.u_out[(chunk * p.tile_rows + row % p.tile_rows) * 8 + rank % 8] = (u16)pack2(sums[i] * p.scaling[16 * t + rank], 0.f);
+    ((u16*)p.u_out)[(chunk * p.tile_rows + row % p.tile_rows) * 8 + rank % 8] = (u16)pack2(sums[i] * p.scaling[16 * t + rank], 0.f);
   }
 }
 
@@ -91,7 +120,6 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS
     tiles_of_x(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) float4 sums[];  // [WARPS][SUMS]; the first SUMS then hold those of all warps
   let_next_kernel_start();
-  wait_for_previous_kernel();
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   for (int first = 0; first == 0 || first < p.rank_tiles; first += AT_ONCE) {
     float sum[AT_ONCE][N_TILES][4] = {};
@@ -110,7 +138,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS
       sums[i] = total;
     }
     cluster_meet();
-    constexpr int SHARE = SUMS / PARTS;
+    constexpr int SHARE = SUMS / PARTS;  // whole warps
     if (thread < SHARE) {
       const int i = cluster_rank() * SHARE + thread;
       float4 total = load_of(sums + i, 0);

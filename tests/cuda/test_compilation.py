@@ -75,7 +75,7 @@ def test_threads_that_compile_the_same_kernel_do_not_meet(monkeypatch, tmp_path)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compilation, "cubin", lambda *_: time.sleep(0.01) or ELF)
     with ThreadPoolExecutor(16) as pool:
-        found = set(pool.map(lambda _: compilation._cached("arrange_x.cu", (), "sm_90a"), range(16)))
+        found = set(pool.map(lambda _: compilation._cached("tiles_of_x.cu", (), "sm_90a"), range(16)))
     assert [path.read_bytes() for path in found] == [ELF]
     assert list(tmp_path.iterdir()) == list(found)
 

@@ -125,7 +125,7 @@ RIGHT = "barrier_wait(bar, 0); to[lane] = widen(lds16(place + 2 * lane));"
 PRODUCT = """barrier_wait(bar, 0);
   float d[NT][4] = {};
   const u32 a[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-  wgmma(d, a, x_descriptor(place));
+  wgmma(d, a, x_descriptor(x_place(place)));
   wgmma_commit();
   WAIT
   to[lane] = d[0][0];"""

@@ -6,6 +6,7 @@
 #define HAS_BULK_COPIES (__CUDA_ARCH__ >= 900)
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - gpu::base()); }
+inline u32 kept(u32 v) { return v; }
 
 // Shared memory at `a`: what the launch asked for, or a variable.
 template <class T> T* in_shared(u32 a, u32 bytes = sizeof(T)) {
@@ -70,12 +71,8 @@ inline u32 transposed(u32 v, int site = __builtin_LINE()) {
 
 inline u32 lds32(u32 a) { return *in_shared<u32>(a); }
 inline u32 lds16(u32 a) { return *in_shared<u16>(a); }
-inline void lds16_where(u32 bits, u32 a, u32& v0, u32& v1, u32& v2, u32& v3) {
-  u32* to[4] = {&v0, &v1, &v2, &v3};
-  for (int i = 0; i < 4; i++) {
-    *to[i] = bits >> i & 1 ? lds16(a) : 0;
-    if (bits >> i & 1) a += 2;
-  }
+inline void lds16_where(u32 bits, int first, const u32 (&a)[4], u32 (&v)[4]) {
+  for (int i = 0; i < 4; i++) v[i] = bits >> (first + i) & 1 ? lds16(a[i]) : 0;
 }
 inline uint4 lds128(u32 a) { return *in_shared<uint4>(a); }
 inline uint4 lds128_now(u32 a) { return lds128(a); }
