@@ -55,6 +55,11 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
     check_all_compile(("decoded_linear.cu", each, "sm_90a") for each in chosen)
 
 
+def test_the_launch_before_few_rows_compiles_with_few_and_many_warps():
+    few = (("FEW_ROWS", 1), ("N_TILES", 2))
+    check_all_compile(("tiles_of_x.cu", (*few, ("WARPS", warps)), "sm_90a") for warps in (8, 16))
+
+
 @pytest.mark.parametrize("encoding", ["dense8", "dense4"])
 def test_the_skinny_kernel_compiles_for_quantized_weights(encoding):
     from salr.cuda.device_layout import definitions

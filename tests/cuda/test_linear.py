@@ -85,6 +85,11 @@ def test_every_tile_of_up_to_32_rows_is_exact(rounds, shape, monkeypatch):
         check_fused(weight(*shape), rank, 27)
 
 
+@pytest.mark.emulated
+def test_x_of_more_slabs_than_eight_warps_have_is_arranged_and_multiplied_by_more_ranks_than_are_held_at_once():
+    check_fused(weight(256, 4296), 80, 40)
+
+
 @pytest.mark.emulated(encoding=["bf16"], n_blocks=[7], batch=[13])
 @pytest.mark.parametrize("n_blocks", [1, 3, 7])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
