@@ -102,7 +102,8 @@ class ConvertOptions:
         adapters: (name, directory) of LoRA adapters to keep exact.
         base: the base model when the source is an adapter directory.
         revision: branch, tag or commit, when the source is an id of the Hugging Face hub.
-        target_bits: mean bits per packed weight, adapters counted; chooses sparsity and rank of each module.
+        target_bits: mean bits per packed weight, adapters counted; chooses sparsity and rank of each module, and its
+            values and adapter values where ``module`` has the source's.
         device: ``cpu``, ``cuda`` for every GPU that is visible, or ``cuda:i,...``; they must be of one kind.
         workers: threads that convert modules; None for one a core, at most 8. Never changes the bytes.
         force: replace an existing output. fresh: discard what an interrupted run left.

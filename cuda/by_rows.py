@@ -1,9 +1,9 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
 At most 8 rows (16 of small weights), and up to 64: weight, adapters and bias in one launch (skinny.py, from compute
-capability 9.0 on, and fused.py, where products are asynchronous after one that arranges x and makes u). More, on compute
-capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many: the weight expanded to 16
-bits, then cuBLAS (expanded.py).
+capability 9.0 on, and fused.py, where products are asynchronous after one that arranges x and makes u). More, on
+compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many: the weight
+expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from .sums import EMPTY, workspace
 
 LARGEST_BATCH = 64
 _ROWS_OF_LAUNCH = (LARGEST_BATCH, 32, 16, 8)
-_SPLITS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
+_PARTS_OF_A = {1: 16, 2: 16, 4: 8, 8: 8}  # by NT: more are sooner done, and take longer to add
 _A_COST, _B_COST = 1.2, 1.2  # of their bytes against those of W, in time
 _FEW_ROWS = 1
 _MOST_STAGES = 16
@@ -91,7 +91,7 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
         "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x u y partial u_partial counters",
-        "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_splits weight_bytes stage_bytes stages "
+        "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_parts weight_bytes stage_bytes stages "
         "y_pitch",
     )
 
@@ -118,7 +118,7 @@ class _Plan:
     function: Function
     n_blocks: int
     ring: _Ring
-    a_splits: int
+    a_parts: int
     schedule: torch.Tensor
     sharers: torch.Tensor
     partial_floats: int
@@ -198,7 +198,7 @@ class FusedProduct:
             u_partial=address(u_partial), counters=address(counters),
             n_rows=weight.n_rows, n_columns=weight.x_columns, slabs_per_block=weight.n_slabs,
             rank_tiles=self._rank_tiles,
-            block_steps=self._block_steps, a_splits=plan.a_splits, weight_bytes=plan.ring.weight_bytes,
+            block_steps=self._block_steps, a_parts=plan.a_parts, weight_bytes=plan.ring.weight_bytes,
             stage_bytes=plan.ring.stage_bytes, stages=plan.ring.stages,
         )  # fmt: skip
         launch = Launch(
@@ -252,18 +252,18 @@ class FusedProduct:
     def _plan(self, tile: Tile, x_rows: int) -> _Plan:
         weight, work = self.weight, self._work(tile)
         n_blocks = min(self._properties.multi_processor_count, work.n_row_blocks * work.rounds_w)
-        a_splits = min(work.n_a, _SPLITS_OF_A[tile.NT], n_blocks)
-        chosen = schedule(work, n_blocks, a_splits)
+        a_parts = min(work.n_a, _PARTS_OF_A[tile.NT], n_blocks)
+        chosen = schedule(work, n_blocks, a_parts)
         options = definitions(weight.encoding, weight.dtype, **dict(tile.definitions))
         return _Plan(
             function=function("fused_linear.cu", "fused_linear", options, self.device.index),
             n_blocks=n_blocks,
             ring=self._ring(tile, x_rows),
-            a_splits=a_splits,
+            a_parts=a_parts,
             schedule=torch.from_numpy(chosen).to(self.device),
             sharers=torch.from_numpy(sharers(chosen, work)).to(self.device),
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
-            u_partial_floats=max(4, 2 * a_splits * self._rank_tiles * tile.NT * 128),
+            u_partial_floats=max(4, 2 * a_parts * self._rank_tiles * tile.NT * 128),
         )
 
 

@@ -1,6 +1,6 @@
 """Who computes what in one launch of the fused kernel: equal bytes for each thread block, in contiguous runs.
 
-Invariant: stages of A are split over the first ``a_splits`` thread blocks, rounds over all, in order; a row block's
+Invariant: stages of A are split over the first ``a_parts`` thread blocks, rounds over all, in order; a row block's
 sharers are consecutive thread blocks.
 """
 
@@ -25,13 +25,13 @@ class Work:
     b_bytes: float
 
 
-def schedule(work: Work, n_blocks: int, a_splits: int) -> npt.NDArray[np.int32]:
+def schedule(work: Work, n_blocks: int, a_parts: int) -> npt.NDArray[np.int32]:
     """Return [n_blocks, 4]: first and last (exclusive) stage of A, first and last round, of each thread block.
 
     Of a row block's rounds, those of B come first and go with its first round of W; each thread block has a round of W
     at least, so that sharers are neighbours: ``n_blocks`` is at most the number of rounds of W.
     """
-    splits = np.minimum(np.arange(n_blocks + 1), a_splits) * work.n_a // max(a_splits, 1)
+    splits = np.minimum(np.arange(n_blocks + 1), a_parts) * work.n_a // max(a_parts, 1)
     sizes = np.full((work.n_row_blocks, work.rounds_w), work.w_bytes)
     sizes[:, 0] += work.rounds_b * work.b_bytes
     ends = np.cumsum(sizes.ravel())

@@ -24,6 +24,7 @@ ALIGNMENT = 64
 #: bytes that are copied or digested at a time, so that no large tensor is held in memory
 PIECE_BYTES = 1 << 24
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version https://git-lfs"
 _LARGEST_OFFSET = 10**18
 
 
@@ -75,9 +76,14 @@ class Container:
         if not self.path.is_file():
             raise FormatError("no such file", path=self.path, fix="check the path")
         try:
-            self.path.open("rb").close()  # safetensors calls every file that it cannot open a missing one
+            with self.path.open("rb") as file:  # safetensors calls every file that it cannot open a missing one
+                is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
         except OSError as error:
             raise FormatError(f"cannot be read ({error.strerror})", path=self.path, fix="check the file") from error
+        if is_pointer:
+            raise FormatError(
+                "a Git LFS pointer, not the file (`git lfs pull` fetches it)", path=self.path, fix="fetch it"
+            )
         try:
             with safe_open(self.path, framework="np"):
                 pass

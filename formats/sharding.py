@@ -210,11 +210,14 @@ def open_shards(index: Path) -> ShardSet:
 def _read_index(index: Path) -> list[str]:
     """Return the names of the files that an index lists."""
     if not index.is_file():
+        is_model = (index.parent / "config.json").is_file()
         raise FormatError(
             f"a directory without {INDEX_NAME}",
             path=index.parent,
             needed="a .salr file, or a directory of shards",
-            fix="`salr join DIR OUT.salr` takes shards without an index",
+            fix="`salr convert DIR OUT.salr` makes one of a model"
+            if is_model
+            else "`salr join DIR OUT.salr` takes shards without an index",
         )
     try:
         too_large = index.stat().st_size > _LARGEST_INDEX

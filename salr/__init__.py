@@ -119,6 +119,10 @@ def open(path: str | Path) -> SalrFile:
     return SalrFile(path)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'salr' has no attribute {name!r}")

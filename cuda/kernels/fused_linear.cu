@@ -5,7 +5,7 @@
 // shared memory: `stages` stages of `stage_bytes` (weights, then x) in a ring (stream.cuh), then u.
 //
 // u = (x A^T) * scaling stands in shared memory as two 16-bit floats a number. Where products are asynchronous it is there
-// before. Else the first `a_splits` thread blocks begin with a part of A each, and the gatherers of a thread block that has
+// before. Else the first `a_parts` thread blocks begin with a part of A each, and the gatherers of a thread block that has
 // B rounds add all parts in order.
 // A row block that several thread blocks share is summed from float32 partials, in thread-block order: the same bits
 // every time. Nothing is announced: a place for a sum is EMPTY until the sum is there, who needs it looks until it is, and
@@ -161,11 +161,6 @@ struct LowRank {
 
 DEVICE void consumers_meet() { some_meet<CONSUMERS>(); }
 
-// Where a part of x A^T is left: launches take turns with two buffers.
-DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {
-  return p.u_partial + (size_t)((launch & 1) * p.a_splits + part) * p.rank_tiles * NT * 32;
-}
-
 // Part `blockIdx.x` of x A^T is done: publish this warp's tiles of it, and empty what the launch before left.
 DEVICE void publish_u(const Arguments& p, const Tiles& sum, u32 launch, int warp, int lane) {
 #pragma unroll
@@ -189,7 +184,7 @@ DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int 
     const int step = first_step + i / NT;
     const float4* first = part_of_u(p, launch, 0) + (first_step * NT + i) * 32 + lane;
     float4 sum[1];
-    sum_in_order<1, 8>(first, first + stride, stride, p.a_splits - 1, sum);
+    sum_in_order<1, 8>(first, first + stride, stride, p.a_parts - 1, sum);
     sts128(u + i * 512 + lane * 16, as_u(sum[0], p.scaling + step * 16, lane));
   }
 }
@@ -213,6 +208,19 @@ DEVICE void fetch_u(const Arguments& p, const LowRank& low_rank, int first_step,
     consumers_meet();
   }
 }
+
+// Which u lies in shared memory, for consumers.
+struct UInPlace {
+  int first_step = -1;
+  u32 phase = 0;
+  DEVICE void need(const Arguments& p, const LowRank& low_rank, int step, u32 launch, int warp, int lane) {
+    if (step == first_step) return;
+    if (GATHERERS && first_step >= 0) arrive_for_warp(low_rank.empty, lane);
+    if (!GATHERERS) fetch_u(p, low_rank, step, first_step < 0, launch, warp, lane);
+    first_step = step;
+    if (GATHERERS || ASYNC) barrier_wait(low_rank.full, phase), phase ^= 1;
+  }
+};
 
 // u for one row block after the other, as the consumers come to need it.
 DEVICE void gather(const Arguments& p, const Stream& stream, const LowRank& low_rank, int gatherer, int lane) {
@@ -291,6 +299,18 @@ DEVICE void prefetch_small(const Arguments& p, const Stream& stream, int thread)
   if (thread == 0) prefetch(p.first_step + stream.first_block());
 }
 
+// The thread block's part of x A^T.
+DEVICE void make_part_of_u(const Arguments& p, const Stream& stream, Ring& ring, bool has_row, u32 x_offset, u32 launch,
+                           Tiles& sum, int warp, int lane) {
+  clear(sum);
+  for (int i = 0; i < stream.n_a; i++) {
+    barrier_wait(ring.full_bar(), ring.phase);
+    multiply_a(p, ring.here(p), has_row ? ring.here(p) + x_offset : 0, sum, warp, lane);
+    ring.release(lane, p.stages);
+  }
+  publish_u(p, sum, launch, warp, lane);
+}
+
 // All stages of A, then row block after row block.
 DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const LowRank& low_rank, int warp, int lane,
                     u32 table) {
@@ -303,30 +323,13 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   const u32 x_offset = p.weight_bytes + (ASYNC ? lane * 4 : (lane >> 2) * X_PITCH + (lane & 3) * 32);
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
+  if (!ASYNC && stream.n_a) make_part_of_u(p, stream, ring, has_row, x_offset, launch, sum, warp, lane);
   clear(sum);
-  for (int i = 0; !ASYNC && i < stream.n_a; i++) {
-    barrier_wait(ring.full_bar(), ring.phase);
-    multiply_a(p, ring.here(p), has_row ? ring.here(p) + x_offset : 0, sum, warp, lane);
-    ring.release(lane, p.stages);
-  }
-  if (!ASYNC && stream.n_a) {
-    publish_u(p, sum, launch, warp, lane);
-    clear(sum);
-  }
-  int have = -1;  // the first step of the u that lies in shared memory
-  u32 phase = 0;
+  UInPlace u;
   for (int row_block = stream.first_block(); row_block <= stream.last_block(); row_block++) {
     const Segment segment(stream, row_block);
     for (int k = segment.first; k < segment.end(); k++) {
-      if (k == segment.last && have != p.first_step[row_block]) {
-        if (GATHERERS && have >= 0) arrive_for_warp(low_rank.empty, lane);
-        if (!GATHERERS) fetch_u(p, low_rank, p.first_step[row_block], have < 0, launch, warp, lane);
-        have = p.first_step[row_block];
-        if (GATHERERS || ASYNC) {
-          barrier_wait(low_rank.full, phase);
-          phase ^= 1;
-        }
-      }
+      if (k == segment.last) u.need(p, low_rank, p.first_step[row_block], launch, warp, lane);
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
       if (k < segment.last) {

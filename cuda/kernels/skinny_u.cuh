@@ -6,10 +6,6 @@
 constexpr int A_AT_ONCE = 2;  // slabs of A that a finisher asks for
 constexpr int GATHERED = 8;   // parts of u that a lane asks for
 
-DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {
-  return p.u_partial + (size_t)((launch & 1) * p.a_parts + part) * p.rank_tiles * NT * 32;
-}
-
 DEVICE void finishers_meet() { some_meet<FINISHERS * 32>(); }
 
 // A part of a tile of x A^T, by all finishers: publish it, and empty what the launch before left.

@@ -40,10 +40,10 @@ struct Arguments {
   const u8* u;              // ASYNC: [steps of all ranks][NT][32 lanes] 16 B, as tiles_of_x leaves it
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
   float4* partial;          // [grid][2][16 units][NT][32 lanes], empty between launches
-  float4* u_partial;        // [2][a_splits][rank_tiles][NT][32 lanes], in turns; empty at first
+  float4* u_partial;        // [2][a_parts][rank_tiles][NT][32 lanes], in turns; empty at first
   u32* counters;            // [grid] launches
   int n_rows, n_columns, batch, wide;
-  int slabs_per_block, rank_tiles, block_steps, a_splits;  // block_steps: steps of B a row block
+  int slabs_per_block, rank_tiles, block_steps, a_parts;  // block_steps: steps of B a row block
   int weight_bytes, stage_bytes, stages;                   // of a stage: where x begins, its size; and their number
   int y_pitch;                                             // elements between rows of y
 };

@@ -25,6 +25,11 @@ DEVICE bool is_empty(float4 v) {
   const uint4 bits = as_bits(v);
   return bits.x == EMPTY || bits.y == EMPTY || bits.z == EMPTY || bits.w == EMPTY;
 }
+// Where a part of x A^T is left: launches take turns with two buffers.
+DEVICE float4* part_of_u(const Arguments& p, u32 launch, int part) {
+  return p.u_partial + (size_t)((launch & 1) * p.a_parts + part) * p.rank_tiles * NT * 32;
+}
+
 DEVICE float4 bias_of(const Arguments& p, int row) {  // of rows row (x, y) and row + 8 (z, w)
   const float upper = p.bias && row < p.n_rows ? p.bias[row] : 0.f;
   const float lower = p.bias && row + 8 < p.n_rows ? p.bias[row + 8] : 0.f;

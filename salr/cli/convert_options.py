@@ -72,7 +72,10 @@ Include = Annotated[list[str], typer.Option(help="Glob or re: pattern of modules
 Exclude = Annotated[list[str], typer.Option(help="Glob or re: pattern of modules to keep dense.")]
 TargetBits = Annotated[
     float | None,
-    typer.Option(help="Mean bits per packed weight, adapters counted; chooses sparsity and rank of each module."),
+    typer.Option(
+        help="Mean bits per packed weight, adapters counted; chooses sparsity, rank and, without --values, what values"
+        " are rounded to, for each module."
+    ),
 ]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="'PAT k=v,...'", help="Override options per module; repeatable.")

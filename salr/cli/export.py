@@ -59,18 +59,19 @@ def hf(
     """Write a directory that transformers loads, packed, after `import salr`, with a model card."""
     from ..converter.export.hf import export_hf
 
-    export_hf(path, out, None if evaluation is None else _recorded(evaluation))
+    export_hf(path, out, None if evaluation is None else _recorded(path, evaluation))
     console.say(f"wrote {out}", quiet=quiet)
     code = f"import salr; from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(out)!r})"
     console.say(f"next:  python -c {shlex.quote(code)}", quiet=quiet)
 
 
-def _recorded(path: Path) -> CardEvaluation:
-    """Return a recorded evaluation as the table of a model card."""
+def _recorded(file: Path, path: Path) -> CardEvaluation:
+    """Return a recorded evaluation of a .salr file as the table of a model card."""
     from ..converter.export.model_card import CardEvaluation
-    from ..evaluation.results import read_results
+    from ..evaluation.results import results_of
+    from ..formats.reader import SalrFile
 
-    found = read_results(path)
+    found = results_of(SalrFile(file), path)
     results, protocol = found.results, found.protocol
     compared = any(result.is_reference for result in results)
     told = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)

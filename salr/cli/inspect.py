@@ -76,10 +76,11 @@ def show_file(file: SalrFile, modules: bool) -> None:
 def write_page(path: Path, html: Path, evaluation: Path | None) -> None:
     """Write the page of one file."""
     from ..evaluation.report_html import write_report
-    from ..evaluation.results import read_results
+    from ..evaluation.results import results_of
 
     check_report(html, ".html")
-    write_report(SalrFile(path), html, read_results(evaluation) if evaluation is not None else None)
+    file = SalrFile(path)
+    write_report(file, html, results_of(file, evaluation) if evaluation is not None else None)
     console.say(f"wrote {html}")
 
 

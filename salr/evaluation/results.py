@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..formats.reader import SalrFile
 from .errors import EvaluationError
 from .protocol import EvalOptions, Text
 
@@ -81,6 +82,24 @@ def read_results(path: str | Path) -> Evaluation:
     if not isinstance(protocol, dict) or not isinstance(rows, list):
         raise _not_results(path, "has no protocol or no results")
     return Evaluation(protocol, tuple(_parse(row, path) for row in rows))
+
+
+def results_of(file: SalrFile, path: str | Path) -> Evaluation:
+    """Read what `salr eval --save` wrote of a file, which is told by its size.
+
+    Raises:
+        EvaluationError: as ``read_results``, or it holds results of others only.
+    """
+    found = read_results(path)
+    if all(result.is_reference or result.n_bytes != file.n_bytes for result in found.results):
+        others = ", ".join(result.model for result in found.results) or "nothing"
+        raise EvaluationError(
+            f"holds results of {others}",
+            path=Path(path),
+            needed=f"of {file.path}, {file.n_bytes} bytes",
+            fix="run `salr eval --save` on it",
+        )
+    return found
 
 
 def _parse(row: Any, path: Path) -> EvalResult:

@@ -101,6 +101,8 @@ def bench(
     Raises:
         SalrError: a model cannot be loaded, or is no language model.
     """
+    import transformers.modeling_utils  # noqa: F401  # once, and no part of the first model's time
+
     options, target = options or BenchOptions(), usable_device(device)
     loaders: list[tuple[str, Callable[[], Any]]] = [
         (str(path), lambda: load(path, device=device, dtype=dtype, backend=backend))

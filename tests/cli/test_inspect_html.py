@@ -13,8 +13,8 @@ from salr.evaluation.report_data import headline
 def test_html_writes_the_page_with_the_results(salr, packed, tmp_path):
     row = {
         "model": "llama.salr", "architecture": "LlamaForCausalLM", "is_reference": False, "perplexity": 77.5,
-        "nll": 4.35, "n_scored": 31, "n_windows": 1, "n_tokens": 40, "n_bytes": 5, "bits_per_weight": 12.0,
-        "seconds": 1, "ratio": None, "agreement": None, "kl": None,
+        "nll": 4.35, "n_scored": 31, "n_windows": 1, "n_tokens": 40, "n_bytes": packed.stat().st_size,
+        "bits_per_weight": 12.0, "seconds": 1, "ratio": None, "agreement": None, "kl": None,
     }  # fmt: skip
     protocol = {"text": "t.txt", "window": 32, "stride": 32, "precision": "float32", "device": "cpu"}
     saved = {"kind": "salr-evaluation", "protocol": protocol, "results": [row]}
@@ -71,6 +71,15 @@ def test_combinations_without_a_meaning_are_refused(fails, packed, golden, tmp_p
     assert "2 files, needed one file" in fails("inspect", packed, golden, "--modules")
     assert "--html and --json, needed one of them" in fails("inspect", packed, "--html", tmp_path / "p.html", "--json")
     assert "--eval without --html" in fails("inspect", packed, "--eval", tmp_path / "r.json")
+
+
+def test_results_of_another_file_are_refused(salr, fails, speaker, golden, tmp_path):
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 " * 20)
+    saved = tmp_path / "r.json"
+    assert salr("eval", speaker, "--text", tmp_path / "text.txt", "--window", 32, "--save", saved).exit_code == 0
+    said = fails("inspect", golden, "--html", tmp_path / "p.html", "--eval", saved)
+    assert f"holds results of {speaker}" in said and f"needed of {golden}" in said
+    assert not (tmp_path / "p.html").exists()
 
 
 def test_broken_results_leave_no_page(fails, packed, tmp_path):

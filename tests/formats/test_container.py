@@ -130,8 +130,9 @@ def test_an_unaligned_file_of_another_writer_reads_the_same(tmp_path):
         ((2).to_bytes(8, "little") + b"{}" + b"x", "not a readable safetensors file"),
         ((4).to_bytes(8, "little") + b"nope", "not a readable safetensors file"),
         ((2).to_bytes(8, "little") + b"[]", "not a readable safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer.*`git lfs pull`"),
     ],
-    ids=["empty", "shorter than a length", "absurd length", "trailing byte", "no JSON", "a list"],
+    ids=["empty", "shorter than a length", "absurd length", "trailing byte", "no JSON", "a list", "LFS"],
 )
 def test_what_is_no_safetensors_file_is_refused_by_name(tmp_path, content, found):
     (tmp_path / "bad").write_bytes(content)

@@ -156,6 +156,12 @@ def test_a_directory_without_an_index_says_what_to_do(copy):
         SalrFile(copy)
 
 
+def test_a_models_directory_says_what_makes_a_file_of_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"a directory without .*salr convert DIR OUT.salr"):
+        SalrFile(tmp_path)
+
+
 def test_what_needs_one_file_says_so(shards, tmp_path):
     from salr.converter.export.hf import export_hf
 

@@ -291,6 +291,7 @@ def test_free_memory_is_known_here_or_unknown():
 def test_importing_salr_loads_nothing_heavy_and_stays_out_of_the_way():
     code = """
 import sys, salr
+assert {"convert", "load", "open", "SalrFile"} <= set(dir(salr))
 assert not {"torch", "transformers", "peft", "numba"} & set(sys.modules)
 import transformers.quantizers.auto as auto
 assert "salr" in auto.AUTO_QUANTIZER_MAPPING and "salr" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
