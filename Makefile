@@ -40,8 +40,9 @@ typecheck: $(VENV)/installed
 	CXX=none $(PIP) install --quiet --no-deps --no-build-isolation --target build/mypy .
 	cd build/mypy && ../../$(RUN) -m mypy --config-file ../../pyproject.toml -p salr
 
+# A file of tests is one process's: fixtures of a module are made once.
 pytest: $(VENV)/installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 fuzz: $(VENV)/installed
 	SALR_FUZZ=1 $(RUN) -m pytest -q -m fuzz

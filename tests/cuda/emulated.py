@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,12 @@ from salr.runtime import backends
 
 EMULATOR = Path(__file__).parent / "emulator"
 BUILT = Path(__file__).parents[2] / "build" / "emulated"
-FLAGS = ("-std=c++20", "-O1", "-w", "-fPIC", "-pthread", "-fno-strict-aliasing", "-fwrapv")
+#: what test_sanitized.py adds to the compiler's flags
+MORE_FLAGS = "SALR_EMULATED_FLAGS"
+FLAGS = (
+    "-std=c++20", "-O1", "-w", "-fPIC", "-pthread", "-fno-strict-aliasing", "-fwrapv",
+    *os.environ.get(MORE_FLAGS, "").split(),
+)  # fmt: skip
 #: of shared memory that a thread block may have, by compute capability
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 OWN_BYTES = 1 << 10  # that CUDA takes of each thread block's

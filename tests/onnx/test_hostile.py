@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from salr.onnx import sparse_linear_node
 from salr.onnx.library import find_compiler
+from tests.sanitizer import preloaded
 
 
 def without_body(made: Any) -> onnx.ModelProto:
@@ -134,18 +135,6 @@ def test_an_operator_from_the_future_is_refused_by_the_library_and_runs_by_its_o
     with pytest.raises(Exception, match=r"tensor 'layer.values': version 2 of the operator, needed 1"):
         run_model(model, {"x": x}, library)
     np.testing.assert_allclose(run_model(model, {"x": x})[0], x @ packed[0].dense().T, rtol=1e-5, atol=1e-5)
-
-
-def preloaded() -> dict[str, str]:
-    """Return the environment in which Python can load a library with AddressSanitizer in it."""
-    libraries = []
-    for name in ("libasan.so", "libstdc++.so"):
-        command = [find_compiler(), f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not Path(found).is_absolute():
-            pytest.skip(f"the compiler has no {name}")
-        libraries.append(found)
-    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def attempt(run_in_process: Callable[..., str], library: Path, count: int, seed: int) -> None:
