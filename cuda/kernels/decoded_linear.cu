@@ -188,7 +188,7 @@ struct Held {
 struct Opened {
   Unit unit;
   u32 stage, x, empty_bar;  // x: its place for products
-  float upper, lower;
+  Scale upper, lower;
   // The next stage; where there is none, the one at `held` again: it is not given back yet, so that what is read is sound.
   DEVICE void open(const Arguments& p, Ring& ring, bool is_there, u32 held, int unit_number, int first_unit, int lane) {
     while (is_there && !barrier_poll(ring.full_bar(), ring.phase)) {
@@ -196,7 +196,7 @@ struct Opened {
     stage = is_there ? ring.here(p) : held;
     const int begin = unit_number ? lds16(stage + 2 * unit_number) : 2, before = first_unit ? lds16(stage + 2 * first_unit) : 2;
     unit.open(stage + SLAB_HEADER_BYTES + 16 * (begin - before), lane);
-    upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
+    if (HAS_SCALES) upper = Scale(unit.scale(lane >> 2)), lower = Scale(unit.scale((lane >> 2) + 8));
     x = x_place(stage + p.x_at);
     empty_bar = ring.empty_bar();
     if (is_there) ring.advance(p.stages);
@@ -207,7 +207,7 @@ struct Opened {
 DEVICE void multiply_pair(const Opened& slab, int pair, u32 (&a)[2][4], Tiles& sum, int lane, u32 table) {
   slab.unit.fragments(pair, lane, a, table);
 #pragma unroll
-  for (int i = 0; i < 8; i++) a[i / 4][i % 4] = scaled(a[i / 4][i % 4], i % 2 ? slab.lower : slab.upper);
+  for (int i = 0; HAS_SCALES && i < 8; i++) a[i / 4][i % 4] = (i % 2 ? slab.lower : slab.upper).times(a[i / 4][i % 4]);
   wgmma_fence();
   wgmma(sum, a[0], x_descriptor(slab.x, 4 * pair));
   wgmma(sum, a[1], x_descriptor(slab.x, 4 * pair + 2));

@@ -211,6 +211,15 @@ DEVICE u32 subtract2(u32 a, u32 b) {
 #endif
   return v;
 }
+DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) {  // rounded once
+  u32 v;
+#if HALF
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+#endif
+  return v;
+}
 // c (16 x 8, float32) += a (16 x 16) b (16 x 8)
 DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {
 #if HALF

@@ -51,6 +51,22 @@ DEVICE u32 scaled(u32 pair, float scale) {
   return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
 }
 
+// A row's scale, twice: a 16-bit float, and what that leaves of it, another one (0 for float16, which scales are).
+struct Scale {
+  u32 high, low;
+  DEVICE Scale() {}
+  DEVICE explicit Scale(float scale) {
+    high = pack2(scale, scale);
+    const float left = scale - widen(high);
+    low = pack2(left, left);
+  }
+  // Two weights times it: what a float32 product is rounded to, but for the last bit of one in some thousands.
+  DEVICE u32 times(u32 pair) const {
+    constexpr u32 NOTHING = 0x80008000u;  // -0, twice: added to 0 of either sign, it leaves that
+    return multiply_add2(pair, high, HALF ? NOTHING : multiply_add2(pair, low, NOTHING));
+  }
+};
+
 // The two codes of a byte as two 16-bit floats, for all bytes, each 32 times, so that a lane stays in its own bank: 32 KB
 // of shared memory, none for other encodings.
 constexpr int TABLE_WORDS = ENCODING == DENSE4 ? 256 * 32 : 1;

@@ -48,7 +48,7 @@ def test_decoded_weights_of_any_size_are_multiplied_however_they_are_cut(shape, 
     check_decoded(weight(*shape), 24, batch)
 
 
-@pytest.mark.emulated(encoding=[])
+@pytest.mark.emulated(sparsity=[0.3], encoding=["int8", "nf4"], dtype=[torch.bfloat16])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

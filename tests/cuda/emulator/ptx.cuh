@@ -126,6 +126,10 @@ inline u32 add_from_below(u32 v, int d) {
 }
 inline u32 side_by_side(u32 low, u32 high) { return low + high * 65536; }
 inline u32 subtract2(u32 a, u32 b) { return pack2(widen(a) - widen(b), widen(a >> 16) - widen(b >> 16)); }
+inline u32 multiply_add2(u32 a, u32 b, u32 c) {
+  const auto once = [](u32 a, u32 b, u32 c) { return (float)((double)widen(a) * widen(b) + widen(c)); };
+  return pack2(once(a, b, c), once(a >> 16, b >> 16, c >> 16));
+}
 
 // A fragment of 16 x 16 numbers of `a` from all lanes, as mma.m16n8k16 has it.
 inline void fragment_of(int lane, const u32* a, float (&to)[16][16]) {
