@@ -38,10 +38,6 @@ DEVICE void clear(Tiles& tiles) {
 
 // `x` is this lane's place in row lane/4 of the stage's x, 0 where the row does not exist.
 DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) {
-#if ASYNC
-  x += (slab * 8 + 4 * pair) * CHUNK_BYTES + n * 128;
-  return make_uint4(lds32(x), lds32(x + CHUNK_BYTES), lds32(x + 2 * CHUNK_BYTES), lds32(x + 3 * CHUNK_BYTES));
-#endif
   if (NT == 1 && x == 0) return make_uint4(0, 0, 0, 0);
   return lds128(x + n * 8 * X_PITCH + slab * 128 + pair * 16);
 }
@@ -154,7 +150,7 @@ DEVICE void multiply_b(u32 b_address, u32 u_address, int steps, Tiles& sum, int 
   }
 }
 
-// u in shared memory, and its barriers: `full` when it is there, `empty` when it was the last needed.
+// u in shared memory, and its barriers: `full` when it is there, `empty` (of gatherers) when it was the last needed.
 struct LowRank {
   u32 u, full, empty;
 };
@@ -320,7 +316,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   if (ASYNC && warp == 0 && lane == 0 && stream.first_with_b() <= stream.last_block())
     copy_u(p, low_rank, p.first_step[stream.first_with_b()]);
   const u32 launch = ASYNC ? 0 : load_fresh(p.counters + blockIdx.x);
-  const u32 x_offset = p.weight_bytes + (ASYNC ? lane * 4 : (lane >> 2) * X_PITCH + (lane & 3) * 32);
+  const u32 x_offset = p.weight_bytes + (lane >> 2) * X_PITCH + (lane & 3) * 32;
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
   if (!ASYNC && stream.n_a) make_part_of_u(p, stream, ring, has_row, x_offset, launch, sum, warp, lane);

@@ -51,7 +51,8 @@ DEVICE u32 scaled(u32 pair, float scale) {
   return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
 }
 
-// A row's scale, twice: a 16-bit float, and what that leaves of it, another one (0 for float16, which scales are).
+// A row's scale for fewer instructions than `scaled` has, where they are what takes the time: twice a 16-bit float, and twice
+// what that leaves of it (0 for float16, which scales are).
 struct Scale {
   u32 high, low;
   DEVICE Scale() {}

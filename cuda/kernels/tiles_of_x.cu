@@ -25,7 +25,8 @@ struct Arguments {
   const u16* x;          // [batch, n_columns], a multiple of 8
   const u8* lora_a;      // [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit
   const float* scaling;  // [rank_tiles * 16]
-  uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit; chunk 2q + h, element 2t + e is column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights
+  uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit; chunk 2q + h, element 2t + e is
+                         // column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights
   void* u_out;           // [batch / tile_rows][rank_tiles * 2][tile_rows][8] 16-bit, or [rank_tiles][tile_rows / 8][32 lanes] 16 B
   int batch, n_columns, tile_rows, n_slabs, rank_tiles;
 };
