@@ -37,7 +37,7 @@ _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 #: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
 #: have few rounds: its fixed costs are what skinny saves
 _SURELY_SKINNY = 8
-#: rows of x from which a quantized weight may be decoded; others are fused up to 64
+#: rows of x from which a weight may be decoded
 _FEWEST_DECODED = 33
 
 
@@ -120,14 +120,14 @@ class ProductByRows:
 def kernel_for(batch: int, facts: Facts) -> str:
     """Return skinny, fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
 
-    Few rows are skinny's where it takes them; up to 64 others only fused, or, of quantized weights from 33 on, decoded.
+    Few rows are skinny's where it takes them; up to 64 others only fused, or, from 33 on, decoded.
     """
     if not facts.is_fused:
         return "expanded"
     if 0 < batch <= facts.most_skinny:
         return "skinny"
     is_few = batch <= LARGEST_BATCH
-    may_decode = batch <= facts.most_decoded and (not is_few or (facts.is_quantized and batch >= _FEWEST_DECODED))
+    may_decode = _FEWEST_DECODED <= batch <= facts.most_decoded
     n_weights = facts.n_row_blocks * facts.n_slabs * BLOCK_ROWS * SLAB_COLUMNS
     dense_us = max(2 * n_weights / _BYTES, 2 * batch * n_weights / _OPERATIONS)
     fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if facts.is_quantized else _FUSED_WEIGHT_US)

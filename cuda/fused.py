@@ -213,7 +213,7 @@ class FusedProduct:
         arranged = workspace(device, stream, "arranged", weight.padded_columns * rows // 2)
         u = workspace(device, stream, "u", max(1, self._rank_tiles * tile.NT * 128))
         arguments.x, arguments.u = arranged.data_ptr(), u.data_ptr()
-        launch = TilesOfInput(weight, self.adapters, is_few=True)
+        launch = TilesOfInput(weight, self.adapters, as_fragments=True)
         return lambda x: launch(x, rows, arranged, u, stream)
 
     @functools.cached_property

@@ -6,23 +6,33 @@ Invariant: sums are added in a fixed order: the same input gives the same bits.
 from __future__ import annotations
 
 import ctypes
+import sys
+from typing import Any
 
 import torch
 
 from .compilation import function
-from .device_layout import SlabWeight
-from .launching import Launch, fields
+from .device_layout import SlabWeight, fixed_shared_bytes
+from .launching import Launch, address, fields
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
-#: tiles_of_x.cu: PARTS, AT_ONCE * 32 lanes * 16 bytes
-_PARTS, _SUM_BYTES = 8, 4 * 32 * 16
-#: of few rows a thread block takes 16, by more warps where there are more slabs than warps
-_TILES, _TILES_OF_FEW = 4, 2
-_WARPS, _MORE_WARPS = 8, 16
+#: tiles_of_x.cu: ROWS, A_TILE_BYTES, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
+_ROWS_OF_WARP, _TILE_BYTES, _SUM_BYTES = 16, 2048, 2 * 32 * 16
+_ALL_STAGES = 32
+#: up to so many rows: PARTS, ROW_WARPS, K_WARPS, RANK_TILES, measured on an H100. Few rows are read side by side, and
+#: by two thread blocks for half of 64 ranks each, so that as many SMs read A; but only as many clusters as are
+#: resident: of 8, 4 and 2 thread blocks it holds 14, 30 and 66
+_SHAPES = (
+    (96, (8, 1, 16, 2)), (128, (8, 1, 16, 4)), (256, (8, 2, 8, 4)), (512, (4, 2, 8, 4)), (1024, (2, 1, 16, 4)),
+    (2048, (2, 2, 8, 4)), (sys.maxsize, (1, 2, 8, 4)),
+)  # fmt: skip
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = fields("x lora_a scaling x_out u_out", "batch n_columns tile_rows n_slabs rank_tiles")
+    _fields_ = fields(
+        "x lora_a scaling x_out u_out counters",
+        "batch n_columns tile_rows n_slabs rank_tiles n_counters stages stage_bytes",
+    )
 
 
 class TilesOfInput:
@@ -31,30 +41,59 @@ class TilesOfInput:
     Args:
         weight: what x is multiplied by.
         adapters: in fragment order, or None.
-        is_few: whether there is one tile of at most 64 rows; then u comes as fragments of two 16-bit floats a number,
-            else rounded once, in x's order.
+        as_fragments: for one tile of at most 64 rows: u comes as fragments of two 16-bit floats a number, else rounded
+            once, in x's order.
     """
 
-    def __init__(self, weight: SlabWeight, adapters: Fragments | None, is_few: bool = False) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None, as_fragments: bool = False) -> None:
         n_tiles = adapters.n_tiles if adapters else 0
         self.ranks = n_tiles * RANKS_OF_TILE
         of_adapters = addresses(adapters)
         self._arguments = _Arguments(
-            lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"],
-            n_columns=weight.x_columns, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
+            lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"], n_columns=weight.x_columns,
+            n_slabs=weight.n_slabs, rank_tiles=n_tiles,
         )  # fmt: skip
-        tiles = _TILES_OF_FEW if is_few else _TILES
-        warps = _MORE_WARPS if is_few and weight.n_slabs > _PARTS * _WARPS else _WARPS
-        half = int(weight.dtype == torch.float16)
-        chosen = (("HALF", half), ("N_TILES", tiles), ("WARPS", warps), ("FEW_ROWS", int(is_few)))
-        handle = function("tiles_of_x.cu", "tiles_of_x", chosen, weight.slabs.device.index)
-        shared_bytes = warps * tiles * _SUM_BYTES if adapters else 0
-        self._rows_of_block = 8 * tiles
-        self._launch = Launch(handle, (1, 1, 1), 32 * warps, shared_bytes, [self._arguments])
+        self._weight, self._as_fragments = weight, int(as_fragments)
+        self._launches: dict[tuple[int, ...], tuple[int, Launch]] = {}
 
-    def __call__(self, x: torch.Tensor, tile_rows: int, x_out: torch.Tensor, u_out: torch.Tensor, stream: int) -> None:
-        """Write x (M, x_columns) and its u to ``x_out`` and ``u_out``, whose tiles have ``tile_rows`` rows."""
-        arguments = self._arguments
+    def __call__(
+        self,
+        x: torch.Tensor,
+        tile_rows: int,
+        x_out: torch.Tensor,
+        u_out: torch.Tensor,
+        stream: int,
+        counters: torch.Tensor | None = None,
+    ) -> None:
+        """Write x (M, x_columns) and its u to ``x_out`` and ``u_out``, whose tiles have ``tile_rows`` rows.
+
+        ``counters``: int32, set to 0 for the launch that follows.
+        """
+        arguments, batch = self._arguments, x.shape[0]
+        shape = next(shape for most, shape in _SHAPES if batch <= most)
+        found = self._launches.get(shape)
+        if found is None:
+            found = self._launches[shape] = self._made(*shape)
+        arguments.stages, launch = found
+        arguments.stage_bytes = shape[-1] * _TILE_BYTES
         arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
-        arguments.batch, arguments.tile_rows = x.shape[0], tile_rows
-        self._launch.over(_PARTS, -(-x.shape[0] // self._rows_of_block))(stream)
+        arguments.batch, arguments.tile_rows = batch, tile_rows
+        arguments.counters, arguments.n_counters = address(counters), 0 if counters is None else counters.numel()
+        n_groups, shares = -(-batch // (_ROWS_OF_WARP * shape[1])), 2 if shape[-1] * RANKS_OF_TILE < self.ranks else 1
+        launch.over(shape[0], n_groups, shares)(stream)
+
+    def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[int, Launch]:
+        """Return the stages of each ring, and the launch."""
+        weight, warps = self._weight, row_warps * k_warps
+        most = -(-weight.n_slabs // (parts * k_warps))
+        chosen = (
+            ("HALF", int(weight.dtype == torch.float16)), ("PARTS", parts), ("ROW_WARPS", row_warps),
+            ("K_WARPS", k_warps), ("RANK_TILES", rank_tiles), ("AS_FRAGMENTS", self._as_fragments),
+        )  # fmt: skip
+        handle = function("tiles_of_x.cu", "tiles_of_x", chosen, weight.slabs.device.index)
+        properties: Any = torch.cuda.get_device_properties(weight.slabs.device)
+        sum_bytes = warps * rank_tiles * _SUM_BYTES if self.ranks else 0
+        room = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding) - sum_bytes
+        stages = min(most, _ALL_STAGES // k_warps, room // (k_warps * rank_tiles * _TILE_BYTES)) if self.ranks else 0
+        shared_bytes = k_warps * stages * rank_tiles * _TILE_BYTES + sum_bytes
+        return stages, Launch(handle, (1, 1, 1), 32 * warps, shared_bytes, [self._arguments])

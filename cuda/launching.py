@@ -75,9 +75,9 @@ class Launch:
         self._function, self._device = ctypes.c_void_p(function.handle), function.device
         self._driver = driver()
 
-    def over(self, x: int, y: int = 1) -> Launch:
+    def over(self, x: int, y: int = 1, z: int = 1) -> Launch:
         """Set how many thread blocks there are, and return self."""
-        self._configuration.grid[0], self._configuration.grid[1] = x, y
+        self._configuration.grid[:] = x, y, z
         return self
 
     def __call__(self, stream: int) -> None:

@@ -2,16 +2,18 @@
 // asynchronous products (sm_90a); no dense weight is ever in memory. u = (x A^T) * scaling is given.
 //
 // A tile is a row block of W times TM rows of x. Clusters of two thread blocks take whole tiles in turns; the slabs of the
-// tiles that are left are split evenly among them, and add_splits adds what they leave, in order.
-// grid: two thread blocks a cluster, each alone on its SM. Thread block h of a cluster multiplies units 8h .. 8h+7.
-// block: two warpgroups of consumers, then one of which a thread copies. Both thread blocks need the same x: each copies a
-// half of it to both.
+// tiles that are left are split evenly among some of them, who leave their sums in memory, count them, and add up a share of each
+// tile that they had a part of as soon as all parts are there, in order: the same bits every time.
+// grid: two thread blocks a cluster, each alone on its SM, all resident where tiles are split. Thread block h of a cluster
+// multiplies units 8h .. 8h+7.
+// block: GROUPS times two warpgroups of consumers, which take stages in turns and add what they have at the end of a tile; then
+// warps of which one copies weights and one x. Both thread blocks need the same x: each copies a half of it to both.
 //
 //   a stage:  own copies           | header | units 8h .. 8h+7 of a slab (or of two steps of B) |
 //             halves from both     | x of the slab, 64 columns: [4 chunks by block 0 | 4 by block 1] (or u of the steps) |
-//   full: all bytes of both rows have come.   empty: all 16 warps of both thread blocks have given the stage back.
+//   full: all bytes of both rows have come.   empty: the 8 warps of a group of both thread blocks have given the stage back.
 //
-// shared memory: `stages` (three at least) of `stage_bytes`.
+// shared memory: `stages` (three at least) of `stage_bytes`, then, where there are two groups, the sums of one.
 #ifndef NT
 #define NT 32  // tiles of 8 rows of x
 #endif
@@ -20,8 +22,13 @@
 #include "rows_of_y.cuh"
 #include "wgmma.cuh"
 
-constexpr int CONSUMER_WARPS = 8, THREADS = CONSUMER_WARPS * 32 + 128;
 constexpr int HALF_UNITS = UNITS / 2;
+#ifndef GROUPS
+#define GROUPS 1  // two where there are registers for them: each warp waits for itself most of the time
+#endif
+constexpr int CONSUMER_WARPS = GROUPS * HALF_UNITS;
+constexpr int THREADS = CONSUMER_WARPS * 32 + 128;
+constexpr int REGISTERS = GROUPS == 1 ? 224 : 112, OF_PRODUCER = GROUPS == 1 ? 56 : 32;
 constexpr int STEPS = 2;  // of B in a stage
 constexpr int GROUP = 8;  // tiles of x that are walked through before the next row block
 
@@ -35,7 +42,8 @@ struct Arguments {
   const float* bias;      // [N] or null
   u16* y;                 // [M, N]
   float4* partial;        // [clusters][2][16 units][NT][32 lanes]: what a cluster leaves of at most two tiles
-  int n_rows, batch, slabs_per_block, block_steps, u_steps, n_row_blocks, n_m_tiles, n_whole;
+  u32* counters;          // [split tiles][16 units] how many parts have been left; 0 at the start
+  int n_rows, batch, slabs_per_block, block_steps, u_steps, n_row_blocks, n_m_tiles, n_whole, split_clusters;
   int x_at, stage_bytes, stages;
 };
 
@@ -52,9 +60,11 @@ struct Tile {
 // The slabs of all tiles that are split, one after the other, in equal runs of pairs: where each cluster's begins.
 struct Split {
   int clusters, n_pairs;  // of the slabs of all split tiles
-  DEVICE Split(const Arguments& p, int clusters)
-      : clusters(clusters), n_pairs((p.n_row_blocks * p.n_m_tiles - p.n_whole) * p.slabs_per_block / 2) {}
-  DEVICE int begin(int cluster) const { return 2 * (int)((long long)cluster * n_pairs / clusters); }
+  DEVICE Split(const Arguments& p)
+      : clusters(p.split_clusters), n_pairs((p.n_row_blocks * p.n_m_tiles - p.n_whole) * p.slabs_per_block / 2) {}
+  DEVICE int begin(int cluster) const {
+    return cluster < clusters ? 2 * (int)((long long)cluster * n_pairs / clusters) : 2 * n_pairs;
+  }
   DEVICE int cluster_of(int slab) const {
     int cluster = (int)((long long)(slab / 2) * clusters / n_pairs);
     while (begin(cluster + 1) <= slab) cluster++;
@@ -66,7 +76,7 @@ struct Split {
 struct Item {
   Tile tile;
   int first, last, b_stages;
-  int slot;  // where the sums are left, -1 where they are y
+  int slot, in_split;  // where the sums are left, and of which split tile; -1 where they are y
   DEVICE bool is_whole() const { return slot < 0; }
 };
 
@@ -75,7 +85,7 @@ struct Items {
   int cluster, clusters, number = 0;  // number: of the next one
   int slab, end;                      // of the split tiles' slabs: the next one, and the end of this cluster's run
   DEVICE Items(const Arguments& p) : cluster(blockIdx.x / 2), clusters(gridDim.x / 2) {
-    const Split split(p, clusters);
+    const Split split(p);
     slab = split.begin(cluster);
     end = split.begin(cluster + 1);
   }
@@ -84,91 +94,83 @@ struct Items {
     const int whole = cluster + number * clusters, b_stages = (p.block_steps + STEPS - 1) / STEPS;
     if (whole < p.n_whole) {
       number++;
-      return {Tile(p, whole), 0, p.slabs_per_block, b_stages, -1};
+      return {Tile(p, whole), 0, p.slabs_per_block, b_stages, -1, -1};
     }
     const int in_split = slab / p.slabs_per_block, first = slab - in_split * p.slabs_per_block;
     const int last = min(p.slabs_per_block, first + end - slab);
-    const int slot = 2 * cluster + (slab != Split(p, clusters).begin(cluster));
+    const int slot = 2 * cluster + (slab != Split(p).begin(cluster));
     slab += last - first;
-    return {Tile(p, p.n_whole + in_split), first, last, last == p.slabs_per_block ? b_stages : 0, slot};
-  }
-};
-
-// All stages of this cluster's items.
-struct Walk {
-  Items items;
-  Item item;
-  int k = 0;
-  bool is_over;
-  DEVICE Walk(const Arguments& p) : items(p), item(items.next(p)), is_over(false) {}
-  DEVICE bool at_b() const { return item.first + k >= item.last; }
-  DEVICE int slab() const { return item.first + k; }
-  DEVICE int step() const { return (k - (item.last - item.first)) * STEPS; }
-  DEVICE void advance(const Arguments& p) {
-    if (++k < item.last - item.first + item.b_stages) return;
-    k = 0;
-    is_over = items.is_over(p);
-    if (!is_over) item = items.next(p);
+    return {Tile(p, p.n_whole + in_split), first, last, last == p.slabs_per_block ? b_stages : 0, slot, in_split};
   }
 };
 
 constexpr u32 X_BYTES = 8 * CHUNK_BYTES;
 
-DEVICE void copy_weights(const Arguments& p, const Walk& at, const Ring& ring, int half) {
-  const u32 to = ring.here(p), bar = ring.full_bar();
-  if (at.at_b()) {
-    const int steps = min(STEPS, p.block_steps - at.step());
-    barrier_expect(bar, steps * (HALF_UNITS * STEP_BYTES + 2 * CHUNK_BYTES));
-    const u8* from = p.lora_b + ((size_t)at.item.tile.row_block * p.block_steps + at.step()) * UNITS * STEP_BYTES;
-    for (int i = 0; i < steps; i++)
-      bulk_copy(to + i * HALF_UNITS * STEP_BYTES, from + (i * UNITS + half * HALF_UNITS) * STEP_BYTES,
-                HALF_UNITS * STEP_BYTES, bar);
-  } else {
-    const u32* halves = p.halves + 2 * ((size_t)at.item.tile.row_block * p.slabs_per_block + at.slab());
-    const u32 units = halves[0], begin = halves[half], end = halves[half + 1] - (half ? SLAB_HEADER_BYTES / 16 : 0);
-    barrier_expect(bar, SLAB_HEADER_BYTES + (end - begin) * 16 + X_BYTES);
-    bulk_copy(to, p.slabs + (size_t)units * 16 - SLAB_HEADER_BYTES, SLAB_HEADER_BYTES, bar);
-    bulk_copy(to + SLAB_HEADER_BYTES, p.slabs + (size_t)begin * 16, (end - begin) * 16, bar);
-  }
-}
+// The bytes of a stage of two steps of B, and of their u.
+DEVICE u32 b_bytes(int steps) { return steps * HALF_UNITS * STEP_BYTES; }
+DEVICE u32 u_bytes(int steps) { return steps * 2 * CHUNK_BYTES; }
 
-// This thread block's half of the stage's x or u, to both.
-DEVICE void copy_x(const Arguments& p, const Walk& at, const Ring& ring, int half) {
-  const u32 to = ring.here(p) + p.x_at, bar = ring.full_bar();
-  if (at.at_b()) {
-    const int steps = min(STEPS, p.block_steps - at.step());
-    const int step = p.first_step[at.item.tile.row_block] + at.step();
-    const u32 bytes = steps * CHUNK_BYTES;
-    bulk_copy_to_both(to + half * bytes, p.u + ((size_t)at.item.tile.m_tile * p.u_steps + step) * 2 * CHUNK_BYTES + half * bytes, bytes, bar);
-  } else {
-    const u8* from = p.x + ((size_t)at.item.tile.m_tile * p.slabs_per_block + at.slab()) * X_BYTES;
-    bulk_copy_to_both(to + half * X_BYTES / 2, from + half * X_BYTES / 2, X_BYTES / 2, bar);
-  }
-}
-
-// Weights do not depend on the kernel before, so a ring of them is on its way before x is known to be there.
-DEVICE void produce(const Arguments& p, Ring ring, int half) {
-  Walk weights(p);
-  {
-    Walk x(p);
-    Ring filling = ring;
-    for (int i = 0; i < p.stages && !weights.is_over; i++) {
-      copy_weights(p, weights, filling, half);
-      weights.advance(p);
-      filling.advance(p.stages);
+// This thread block's units of each stage, by one warp. They do not depend on the kernel before: a ring of them is on its way
+// before x is known to be there. `full` waits for x's bytes too. What is done for a stage is short: it is one lane after all.
+DEVICE void produce_weights(const Arguments& p, Ring ring, int half, int lane) {
+  for (Items items(p); !items.is_over(p);) {
+    const Item item = items.next(p);
+    const size_t row_block = item.tile.row_block;
+    const u32* places = p.halves + 2 * row_block * p.slabs_per_block;
+    for (int batch = item.first; batch < item.last; batch += 32) {
+      // where 32 slabs lie, one a lane: to be looked up one by one takes longer than to multiply them
+      const u32* of_lane = places + 2 * min(batch + lane, item.last - 1);
+      const u32 units = of_lane[0], begin = of_lane[half], end = of_lane[half + 1] - (half ? SLAB_HEADER_BYTES / 16 : 0);
+      const int n = min(32, item.last - batch);
+      for (int i = 0; i < n; i++) {
+        const u32 to = ring.here(p), bar = ring.full_bar();
+        const u32 bytes = 16 * __shfl_sync(~0u, end - begin, i);
+        const u8* header = p.slabs + (size_t)__shfl_sync(~0u, units, i) * 16 - SLAB_HEADER_BYTES;
+        const u8* from = p.slabs + (size_t)__shfl_sync(~0u, begin, i) * 16;
+        barrier_wait(ring.empty_bar(), ring.phase ^ 1);
+        if (lane == 0) {
+          barrier_expect(bar, SLAB_HEADER_BYTES + bytes + X_BYTES);
+          bulk_copy(to, header, SLAB_HEADER_BYTES, bar);
+          bulk_copy(to + SLAB_HEADER_BYTES, from, bytes, bar);
+        }
+        ring.advance(p.stages);
+      }
     }
-    wait_for_previous_kernel();
-    for (int i = 0; i < p.stages && !x.is_over; i++) {
-      copy_x(p, x, ring, half);
-      x.advance(p);
+    for (int step = 0; step < item.b_stages * STEPS; step += STEPS) {
+      const int steps = min(STEPS, p.block_steps - step);
+      const u8* from = p.lora_b + ((row_block * p.block_steps + step) * UNITS + half * HALF_UNITS) * STEP_BYTES;
+      barrier_wait(ring.empty_bar(), ring.phase ^ 1);
+      if (lane == 0) {
+        barrier_expect(ring.full_bar(), b_bytes(steps) + u_bytes(steps));
+        for (int i = 0; i < steps; i++)
+          bulk_copy(ring.here(p) + b_bytes(i), from + i * UNITS * STEP_BYTES, b_bytes(1), ring.full_bar());
+      }
       ring.advance(p.stages);
     }
   }
-  for (; !weights.is_over; weights.advance(p)) {
-    barrier_wait(ring.empty_bar(), ring.phase ^ 1);
-    copy_weights(p, weights, ring, half);
-    copy_x(p, weights, ring, half);
-    ring.advance(p.stages);
+}
+
+// This thread block's half of each stage's x or u, to both, by one lane.
+DEVICE void produce_x(const Arguments& p, Ring ring, int half) {
+  wait_for_previous_kernel();
+  for (Items items(p); !items.is_over(p);) {
+    const Item item = items.next(p);
+    const u32 to = p.x_at + half * (X_BYTES / 2);
+    const u8* from = p.x + ((size_t)item.tile.m_tile * p.slabs_per_block + item.first) * X_BYTES + half * (X_BYTES / 2);
+    for (int slab = item.first; slab < item.last; slab++) {
+      barrier_wait(ring.empty_bar(), ring.phase ^ 1);
+      bulk_copy_to_both(ring.here(p) + to, from, X_BYTES / 2, ring.full_bar());
+      ring.advance(p.stages);
+      from += X_BYTES;
+    }
+    if (item.b_stages == 0) continue;
+    from = p.u + ((size_t)item.tile.m_tile * p.u_steps + p.first_step[item.tile.row_block]) * u_bytes(1);
+    for (int step = 0; step < item.b_stages * STEPS; step += STEPS) {
+      const u32 bytes = u_bytes(min(STEPS, p.block_steps - step)) / 2;
+      barrier_wait(ring.empty_bar(), ring.phase ^ 1);
+      bulk_copy_to_both(ring.here(p) + p.x_at + half * bytes, from + u_bytes(step) + half * bytes, bytes, ring.full_bar());
+      ring.advance(p.stages);
+    }
   }
 }
 
@@ -199,7 +201,7 @@ struct Opened {
     if (HAS_SCALES) upper = Scale(unit.scale(lane >> 2)), lower = Scale(unit.scale((lane >> 2) + 8));
     x = x_place(stage + p.x_at);
     empty_bar = ring.empty_bar();
-    if (is_there) ring.advance(p.stages);
+    if (is_there) ring.advance(p.stages, GROUPS);
   }
 };
 
@@ -227,16 +229,25 @@ struct Slabs {
     slab.open(p, ring, is_there, held, unit_number, first_unit, lane);
   }
   DEVICE void multiply(const Opened& now, Opened& next, bool has_next, u32 (&a)[2][2][4]) {
-    open(next, has_next, now.stage);
+    if (GROUPS == 1) open(next, has_next, now.stage);
     multiply_pair(now, 0, a[0], sum, lane, table);
     held.release(lane);
     multiply_pair(now, 1, a[1], sum, lane, table);
     held.bar = now.empty_bar;
   }
-  // `n` is even.
+  // `n` is even where there is one group.
   DEVICE void multiply_all(int n) {
     u32 a[2][2][4];
     Opened even, odd;
+    if (GROUPS > 1) {  // enough warps to wait for one another
+      for (int i = 0; i < n; i++) {
+        open(even, true, 0);
+        multiply(even, odd, false, a);
+      }
+      wgmma_wait<0>();
+      held.release(lane);
+      return;
+    }
     open(even, true, 0);
     for (int i = 0; i < n; i += 2) {
       multiply(even, odd, true, a);
@@ -260,43 +271,171 @@ DEVICE void multiply_b(const Arguments& p, Ring& ring, Tiles& sum, int steps, in
   }
   Held held{ring.empty_bar()};
   held.release(lane);
-  ring.advance(p.stages);
+  ring.advance(p.stages, GROUPS);
+}
+
+DEVICE void consumers_meet() { some_meet<CONSUMER_WARPS * 32>(); }
+
+// The second group's sums to the first; `to` is this lane's place.
+DEVICE void add_groups(Tiles& sum, u32 to, int group, int warp) {
+  if (GROUPS == 1) return;
+  consumers_meet();  // what was left for the tile before has been read
+  if (group == 1) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) sts128(to + n * 512, as_bits(as_float4(sum[n])));
+  }
+  consumers_meet();
+  if (group == 1) return;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const float4 v = as_floats(lds128_now(to + n * 512));
+    sum[n][0] += v.x, sum[n][1] += v.y, sum[n][2] += v.z, sum[n][3] += v.w;
+  }
 }
 
 DEVICE float4* sums_of(const Arguments& p, int slot, int unit) { return p.partial + ((size_t)slot * UNITS + unit) * NT * 32; }
 
-DEVICE void store(const Arguments& p, const Tiles& sum, const Item& item, int unit, int lane) {
-  const int m = item.tile.m_tile * TM;
+// Of a tile that begins at row m of x: how many tiles of eight rows there are.
+DEVICE int eights(const Arguments& p, int m) { return min(NT, (p.batch - m + 7) / 8); }
+
+// A tile that is split: clusters `first` .. have a part of it each; where the first one left its own.
+struct Shared {
+  Tile tile;
+  int first, parts, first_slot, n_eights;
+  DEVICE Shared(const Arguments& p, const Split& split, int in_split) : tile(p, p.n_whole + in_split) {
+    const int begin = in_split * p.slabs_per_block;
+    first = split.cluster_of(begin), parts = split.cluster_of(begin + p.slabs_per_block - 1) - first + 1;
+    first_slot = 2 * first + (split.begin(first) < begin);
+    n_eights = eights(p, tile.m_tile * TM);
+  }
+  // A cluster adds up and writes eights share_of(cluster) .. share_of(cluster + 1) - 1, its groups a half of them each.
+  DEVICE int share_of(int cluster, int group = 0) const {
+    return n_eights * ((cluster - first) * GROUPS + group) / (parts * GROUPS);
+  }
+};
+
+// Eights `from` .. `to` - 1 of a warp's unit, which stay in shared memory: at `place`, this lane's.
+struct Kept {
+  u32 place;
+  int in_split, from, to;
+  DEVICE bool has(int n) const { return from <= n && n < to; }
+};
+
+DEVICE void store(const Arguments& p, const Tiles& sum, const Item& item, const Kept& kept, int unit, int lane) {
+  const int m = item.tile.m_tile * TM, n_eights = eights(p, m);
   if (item.is_whole()) {
     const RowsOfY rows(p.y, p.bias, item.tile.row_block * BLOCK_ROWS + unit * UNIT_ROWS, p.n_rows, p.batch, lane);
 #pragma unroll
     for (int n = 0; n < NT; n++)
-      if (m + 8 * n < p.batch) rows.store(m + 8 * n, sum[n], lane);
+      if (n < n_eights) rows.store(m + 8 * n, sum[n], lane);
   } else {
     float4* to = sums_of(p, item.slot, unit) + lane;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-      if (m + 8 * n < p.batch) store_floats(to + n * 32, sum[n]);
+    for (int n = 0; n < NT; n++) {
+      if (kept.has(n))
+        sts128(kept.place + n * 512, as_bits(as_float4(sum[n])));
+      else if (n < n_eights)
+        store_floats(to + n * 32, sum[n]);
+    }
+    __syncwarp();
+    if (lane == 0) add_release(p.counters + item.in_split * UNITS + unit, 1);
+  }
+}
+
+// A warp's share of a unit of a split tile: all parts of some eights, by few instructions, since each warp waits for its own.
+struct Share {
+  static constexpr int AT_ONCE = GROUPS == 1 ? 8 : 4;  // eights
+  const float4 *first, *rest;                          // where a lane's parts begin: the first one, and those after it
+  u32 kept;
+  int own, parts, n, end;  // own: the part that is kept; n: the next eight
+  DEVICE void load(int part, float4 (&v)[AT_ONCE]) const {
+    if (part >= parts) return;
+    constexpr size_t STRIDE = 2 * (size_t)UNITS * NT * 32;
+    const float4* from = (part ? rest + (part - 1) * STRIDE : first) + n * 32;
+    if (part == own) {
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++)
+        if (n + j < end) v[j] = as_floats(lds128_now(kept + (n + j) * 512));
+    } else {
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++)
+        if (n + j < end) v[j] = load_fresh(from + j * 32);
+    }
+  }
+  DEVICE void add(int part, const float4 (&v)[AT_ONCE], float4 (&sum)[AT_ONCE]) const {
+    if (part >= parts) return;
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) sum[j] = sum[j] + v[j];
+  }
+};
+
+// As soon as all parts are there: add them, in order, and write y.
+DEVICE void finish(const Arguments& p, const Shared& shared, int in_split, const Kept& kept, int cluster, int group, int unit, int lane) {
+  const int from = shared.share_of(cluster, group), to = shared.share_of(cluster, group + 1);
+  if (from == to) return;
+  const RowsOfY rows(p.y, p.bias, shared.tile.row_block * BLOCK_ROWS + unit * UNIT_ROWS, p.n_rows, p.batch, lane);
+  Share share{sums_of(p, shared.first_slot, unit) + lane, sums_of(p, 2 * shared.first + 2, unit) + lane, kept.place,
+              kept.in_split == in_split ? cluster - shared.first : -1, shared.parts, from, to};
+  // all lanes wait alike: else the compiler takes nothing in this kernel to be the same for a warp, which costs it an eleventh
+  while (__any_sync(~0u, load_acquire(p.counters + in_split * UNITS + unit) < shared.parts)) {
+  }
+#pragma unroll 1
+  for (; share.n < to; share.n += Share::AT_ONCE) {
+    float4 even[Share::AT_ONCE], odd[Share::AT_ONCE], sum[Share::AT_ONCE];
+    share.load(0, sum);
+    share.load(1, even);
+#pragma unroll 1
+    for (int part = 1; part < shared.parts; part += 2) {
+      share.load(part + 1, odd);
+      share.add(part, even, sum);
+      share.load(part + 2, even);
+      share.add(part + 1, odd, sum);
+    }
+#pragma unroll
+    for (int j = 0; j < Share::AT_ONCE; j++) {
+      const float sums[4] = {sum[j].x, sum[j].y, sum[j].z, sum[j].w};
+      if (share.n + j < to) rows.store(shared.tile.m_tile * TM + 8 * (share.n + j), sums, lane);
+    }
   }
 }
 
 DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane, u32 table) {
   Held held;
-  const int first_unit = half * HALF_UNITS, unit = first_unit + warp;
+  const int group = GROUPS == 1 ? 0 : warp / HALF_UNITS, of_group = warp % HALF_UNITS;
+  const int first_unit = half * HALF_UNITS, unit = first_unit + of_group;
+  const u32 own_sums = (of_group * NT * 32 + lane) * 16, exchanged = ring.memory + p.stages * p.stage_bytes + own_sums;
+  Kept kept{ring.memory + own_sums, -1, 0, 0};
   wait_for_previous_kernel();
   Tiles sum;
   Items items(p);
+  const Split split(p);
+  ring.advance(p.stages, group);
+  int next = group;  // of an item's stages: this group's next one
   while (!items.is_over(p)) {
     const Item item = items.next(p);
+    const int slabs = item.last - item.first, stages = slabs + item.b_stages;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) sum[n][i] = 0.f;
-    Slabs{p, ring, held, sum, unit, first_unit, lane, table}.multiply_all(item.last - item.first);
-    for (int i = 0; i < item.b_stages; i++) multiply_b(p, ring, sum, p.block_steps - i * STEPS, warp, lane);
+    const int own = (slabs - next + GROUPS - 1) / GROUPS;
+    Slabs{p, ring, held, sum, unit, first_unit, lane, table}.multiply_all(own);
+    for (next += own * GROUPS; next < stages; next += GROUPS)
+      multiply_b(p, ring, sum, p.block_steps - (next - slabs) * STEPS, of_group, lane);
+    next -= stages;
     wgmma_done(sum);
-    store(p, sum, item, unit, lane);
+    add_groups(sum, exchanged, group, of_group);
+    if (!item.is_whole() && items.is_over(p)) {  // the last one: what this cluster adds up itself stays here
+      const Shared shared(p, split, item.in_split);
+      kept.in_split = item.in_split, kept.from = shared.share_of(items.cluster), kept.to = shared.share_of(items.cluster + 1);
+      consumers_meet();  // the ring is needed no more
+    }
+    if (group == 0) store(p, sum, item, kept, unit, lane);
   }
+  if (GROUPS > 1) consumers_meet();
+  const int begin = split.begin(items.cluster), end = split.begin(items.cluster + 1);
+  for (int tile = begin / p.slabs_per_block; tile * p.slabs_per_block < end; tile++)
+    finish(p, Shared(p, split, tile), tile, kept, items.cluster, group, unit, lane);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
@@ -308,7 +447,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       barrier_init(shared_address(full + i), 1);
-      barrier_init(shared_address(empty + i), 2 * CONSUMER_WARPS);
+      barrier_init(shared_address(empty + i), 2 * HALF_UNITS);
     }
     barrier_init_fence();
   }
@@ -318,42 +457,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   let_next_kernel_start();
   const Ring ring{kept(shared_address(full)), kept(shared_address(empty)), kept(shared_address(memory))};
   if (warp >= CONSUMER_WARPS) {
-    leave_registers<56>();
-    if (threadIdx.x == CONSUMER_WARPS * 32) produce(p, ring, half);
+    leave_registers<OF_PRODUCER>();
+    if (warp == CONSUMER_WARPS) produce_weights(p, ring, half, lane);
+    if (warp == CONSUMER_WARPS + 1 && lane == 0) produce_x(p, ring, half);
     __syncwarp();
   } else {
-    take_registers<224>();
+    take_registers<REGISTERS>();
     consume(p, ring, half, warp, lane, shared_address(table));
   }
   cluster_meet();  // nothing is copied to a thread block that has ended
-}
-
-// Add the sums of each tile that was split, in order, and write y.
-// grid: a warp for each four tiles of eight rows of x of a unit, and `clusters` as decoded_linear had; no shared memory.
-extern "C" __global__ void __launch_bounds__(256) add_splits(const __grid_constant__ Arguments p, int clusters) {
-  constexpr int QUARTERS = NT / 4;
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const int lane = threadIdx.x & 31, task = blockIdx.x * 8 + (threadIdx.x >> 5);
-  const int number = task / (UNITS * QUARTERS), unit = task / QUARTERS % UNITS, quarter = task % QUARTERS;
-  if (p.n_whole + number >= p.n_row_blocks * p.n_m_tiles) return;
-  const Tile tile(p, p.n_whole + number);
-  const int m = tile.m_tile * TM + 32 * quarter, begin = number * p.slabs_per_block;
-  if (m >= p.batch) return;
-  const Split split(p, clusters);
-  const int first = split.cluster_of(begin), last = split.cluster_of(begin + p.slabs_per_block - 1);
-  float sum[4][4] = {};
-  for (int cluster = first; cluster <= last; cluster++) {
-    const float4* from = sums_of(p, 2 * cluster + (split.begin(cluster) < begin), unit) + 4 * quarter * 32 + lane;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      if (m + 8 * n >= p.batch) continue;
-      const float4 v = from[n * 32];
-      sum[n][0] += v.x, sum[n][1] += v.y, sum[n][2] += v.z, sum[n][3] += v.w;
-    }
-  }
-  const RowsOfY rows(p.y, p.bias, tile.row_block * BLOCK_ROWS + unit * UNIT_ROWS, p.n_rows, p.batch, lane);
-#pragma unroll
-  for (int n = 0; n < 4; n++)
-    if (m + 8 * n < p.batch) rows.store(m + 8 * n, sum[n], lane);
 }

@@ -13,8 +13,9 @@ struct Ring {
   DEVICE u32 empty_bar() const { return empty + 8 * stage; }
   template <class Arguments>
   DEVICE u32 here(const Arguments& p) const { return memory + stage * p.stage_bytes; }
-  DEVICE void advance(int stages) {
-    if (++stage == stages) stage = 0, phase ^= 1;
+  DEVICE void advance(int stages, int by = 1) {  // `by` is less than `stages`
+    stage += by;
+    if (stage >= stages) stage -= stages, phase ^= 1;
   }
   DEVICE void release(int lane, int stages) {
     arrive_for_warp(empty_bar(), lane);

@@ -6,16 +6,6 @@
 constexpr u32 EMPTY = ~0u;  // in a place for a sum that is not there yet; as a float, a NaN that no product yields
 #define EMPTY_FLOAT __uint_as_float(EMPTY)
 
-DEVICE float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
-
-DEVICE uint4 as_bits(float4 v) {
-  return make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-}
-
-DEVICE float4 as_floats(uint4 v) {
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-}
-
 DEVICE void store_sum(float4* to, float4 v) {
   const uint4 bits = as_bits(v);
   store_global(to, make_uint4(min(bits.x, EMPTY - 1), min(bits.y, EMPTY - 1), min(bits.z, EMPTY - 1), min(bits.w, EMPTY - 1)));

@@ -1,25 +1,39 @@
 // x (M, K) and u = (x A^T) * scaling (M, ranks), in the order in which asynchronous products read them, from one reading of x.
 //
-// grid: (8, one for each 8 * N_TILES rows), clusters of the 8 thread blocks of a row group, which share K; block: WARPS warps,
-// each with slabs of its own. Sums are added warp after warp, then thread block after thread block: the same bits every time.
-// shared memory: SUMS float4 for each warp, where there are ranks.
+// grid: (PARTS, one for each 16 * ROW_WARPS rows, and so many that share the ranks, of which the first writes x), clusters of
+// the PARTS thread blocks that share K; block: K_WARPS
+// groups of ROW_WARPS warps. A group has slabs of its own, which its warps multiply by 16 rows of x each, and a ring of
+// `stages` places in shared memory, into which its first warp copies A: as much as there is room for before x is known to be there.
+// Sums are added group after group, then thread block after thread block: the same bits every time.
+// shared memory: the rings, then SUMS float4 for each warp, where there are ranks.
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "scaled_u.cuh"
 #include "slabs.cuh"
 
-#ifndef N_TILES
-#define N_TILES 4  // of 8 rows of x a thread block; two at least
+#ifndef ROW_WARPS
+#define ROW_WARPS 4
 #endif
-#ifndef WARPS
-#define WARPS 8
+#ifndef K_WARPS
+#define K_WARPS 4
 #endif
-#ifndef FEW_ROWS
-#define FEW_ROWS 0  // one tile of rows, and u as fragments of two 16-bit floats a number, for fused_linear.cu
+#ifndef RANK_TILES
+#define RANK_TILES 4
+#endif
+#ifndef AS_FRAGMENTS
+#define AS_FRAGMENTS 0  // one tile of rows, and u as fragments of two 16-bit floats a number, for fused_linear.cu
 #endif
 
-constexpr int PARTS = 8;                          // thread blocks that share K
-constexpr int AT_ONCE = 4;                        // tiles of 16 ranks whose sums are held in registers
-constexpr int SUMS = AT_ONCE * N_TILES * 32;      // of a warp, four numbers each
+#ifndef PARTS
+#define PARTS 8  // thread blocks that share K
+#endif
+
+constexpr int N_TILES = 2, ROWS = 8 * N_TILES;  // of x, of a warp
+constexpr int WARPS = ROW_WARPS * K_WARPS, BLOCK_X_ROWS = ROWS * ROW_WARPS;
+constexpr int AT_ONCE = RANK_TILES;           // tiles of 16 ranks whose sums are held in registers
+constexpr int SUMS = AT_ONCE * N_TILES * 32;  // of a warp, four numbers each
+constexpr int AHEAD = 3;                      // slabs of x on their way
+constexpr int MOST_STAGES = 32 / K_WARPS;      // of a ring
 
 struct Arguments {
   const u16* x;          // [batch, n_columns], a multiple of 8
@@ -28,7 +42,8 @@ struct Arguments {
   uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit; chunk 2q + h, element 2t + e is
                          // column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights
   void* u_out;           // [batch / tile_rows][rank_tiles * 2][tile_rows][8] 16-bit, or [rank_tiles][tile_rows / 8][32 lanes] 16 B
-  int batch, n_columns, tile_rows, n_slabs, rank_tiles;
+  u32* counters;         // [n_counters], which are set to 0 for the launch after
+  int batch, n_columns, tile_rows, n_slabs, rank_tiles, n_counters, stages, stage_bytes;
 };
 
 // Four lanes have a row's 64 columns, 16 each; words 4 * pair .. of lane t are words t of chunks 4 * pair ...
@@ -40,69 +55,98 @@ DEVICE uint4 chunk_of(uint4 v, int lane) {
   return odd ? make_uint4(z0, v.y, z1, v.w) : make_uint4(v.x, z0, v.z, z1);
 }
 
-DEVICE void store_chunks(const Arguments& p, const uint4 (&x)[N_TILES][2], int slab, int lane) {
-#pragma unroll
-  for (int n = 0; n < N_TILES; n++) {
-    const int row = blockIdx.y * 8 * N_TILES + 8 * n + (lane >> 2), tile = row / p.tile_rows;
-#pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-      const uint4 chunk = chunk_of(x[n][pair], lane);
-      if (row < p.batch)
-        p.x_out[(((size_t)tile * p.n_slabs + slab) * 8 + 4 * pair + (lane & 3)) * p.tile_rows + row % p.tile_rows] = chunk;
-    }
-  }
-}
-
-// A slab of 16 ranks of A.
-DEVICE void load_ranks(const Arguments& p, int slab, int tile, uint4 (&a)[4], int lane) {
-  const uint4* from = (const uint4*)(p.lora_a + ((size_t)slab * p.rank_tiles + tile) * A_TILE_BYTES) + lane;
-#pragma unroll
-  for (int step = 0; step < 4; step++) a[step] = from[32 * step];
-}
-
-// This warp's slabs: x to its new order where `stores`, and its products with rank tiles first .. first + AT_ONCE - 1. Of few
-// rows A of the first slab is asked for before x is known to be there: registers are left for it.
-DEVICE void multiply(const Arguments& p, int first, bool stores, float (&sum)[AT_ONCE][N_TILES][4], int warp, int lane) {
-  const int begin = (blockIdx.x * WARPS + warp) * p.n_slabs / (PARTS * WARPS);
-  const int end = (blockIdx.x * WARPS + warp + 1) * p.n_slabs / (PARTS * WARPS);
-  uint4 a[AT_ONCE][4];
-#pragma unroll
-  for (int t = 0; t < AT_ONCE; t++)
-    if (FEW_ROWS && begin < end && first + t < p.rank_tiles) load_ranks(p, begin, first + t, a[t], lane);
-  if (first == 0) wait_for_previous_kernel();
-  for (int slab = begin; slab < end; slab++) {
-    uint4 x[N_TILES][2];
+// A warp's rows of a slab: columns 16 * (lane % 4) .. + 15 of rows lane / 4 and 8 more.
+struct Rows {
+  uint4 of[N_TILES][2];
+  DEVICE void load(const Arguments& p, int first, int slab, int lane) {
 #pragma unroll
     for (int n = 0; n < N_TILES; n++) {
-      const int row = blockIdx.y * 8 * N_TILES + 8 * n + (lane >> 2);
+      const int row = first + 8 * n + (lane >> 2);
       const int column = slab * SLAB_COLUMNS + 16 * (lane & 3), left = row < p.batch ? p.n_columns - column : 0;
       const uint4* from = (const uint4*)(p.x + (size_t)row * p.n_columns + column);
 #pragma unroll
-      for (int pair = 0; pair < 2; pair++) x[n][pair] = left > 8 * pair ? from[pair] : make_uint4(0, 0, 0, 0);
+      for (int pair = 0; pair < 2; pair++) of[n][pair] = left > 8 * pair ? from[pair] : make_uint4(0, 0, 0, 0);
     }
-    if (stores) store_chunks(p, x, slab, lane);
+  }
+  DEVICE void store(const Arguments& p, int first, int slab, int lane) const {
 #pragma unroll
-    for (int t = 0; t < AT_ONCE; t++) {
-      if (first + t >= p.rank_tiles) break;
-      if (!FEW_ROWS || slab != begin) load_ranks(p, slab, first + t, a[t], lane);
+    for (int n = 0; n < N_TILES; n++) {
+      const int row = first + 8 * n + (lane >> 2), tile = row / p.tile_rows;
 #pragma unroll
-      for (int step = 0; step < 4; step++) {
-        const uint4 v = a[t][step];
-        const u32 fragment[4] = {v.x, v.y, v.z, v.w};
+      for (int pair = 0; pair < 2; pair++) {
+        const uint4 chunk = chunk_of(of[n][pair], lane);
+        if (row < p.batch)
+          p.x_out[(((size_t)tile * p.n_slabs + slab) * 8 + 4 * pair + (lane & 3)) * p.tile_rows + row % p.tile_rows] = chunk;
+      }
+    }
+  }
+};
+
+typedef float Sums[AT_ONCE][N_TILES][4];
+
+// A slab of up to AT_ONCE tiles of ranks times x.
+DEVICE void multiply(const Rows& x, u32 a_address, int tiles, Sums& sum, int lane) {
 #pragma unroll
-        for (int n = 0; n < N_TILES; n++) {
-          const uint4 b = x[n][step / 2];
-          mma(sum[t][n], fragment, step % 2 ? b.z : b.x, step % 2 ? b.w : b.y);
-        }
+  for (int t = 0; t < AT_ONCE; t++) {
+    if (t >= tiles) break;
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      const uint4 v = lds128_now(a_address + (4 * t + step) * STEP_BYTES + lane * 16);
+      const u32 fragment[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int n = 0; n < N_TILES; n++) {
+        const uint4 b = x.of[n][step / 2];
+        mma(sum[t][n], fragment, step % 2 ? b.z : b.x, step % 2 ? b.w : b.y);
       }
     }
   }
 }
 
-// u of one fragment, 16 ranks of tile `t` x 8 rows of x.
-DEVICE void store_u(const Arguments& p, int t, int n, float4 v, int lane) {
-  if (FEW_ROWS) {
-    const int tiles = p.tile_rows / 8, tile = blockIdx.y * N_TILES + n;
+// A group's slabs of A, once for each AT_ONCE tiles of ranks that are this thread block's, into its ring: by one thread.
+struct Filling {
+  Ring ring;
+  int begin, n, next = 0, first = blockIdx.z * AT_ONCE;  // next: slab after slab, then again with the next tiles
+  DEVICE void fill(const Arguments& p) {
+    if (n == 0 || first >= p.rank_tiles) return;
+    const int slab = begin + next;
+    const u32 bytes = min(AT_ONCE, p.rank_tiles - first) * A_TILE_BYTES;
+    barrier_wait(ring.empty_bar(), ring.phase ^ 1);
+    barrier_expect(ring.full_bar(), bytes);
+    bulk_copy(ring.here(p), p.lora_a + ((size_t)slab * p.rank_tiles + first) * A_TILE_BYTES, bytes, ring.full_bar());
+    ring.advance(p.stages);
+    if (++next == n) next = 0, first += gridDim.z * AT_ONCE;
+  }
+};
+
+// This warp's rows times its group's slabs of rank tiles `first` ..; x to its new order at the first of them.
+DEVICE void multiply_slabs(const Arguments& p, Filling& filling, bool fills, Ring& ring, int first, int first_row, Sums& sum, int lane) {
+  const int tiles = min(AT_ONCE, p.rank_tiles - first);
+  Rows x[AHEAD];
+#pragma unroll
+  for (int j = 0; j < AHEAD; j++)
+    if (j < filling.n) x[j].load(p, first_row, filling.begin + j, lane);
+  for (int i = 0; i < filling.n; i += AHEAD) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+      if (i + j >= filling.n) break;
+      const int slab = filling.begin + i + j;
+      if (tiles > 0) {
+        if (fills && (first != blockIdx.z * AT_ONCE || i + j)) filling.fill(p);
+        __syncwarp();
+        barrier_wait(ring.full_bar(), ring.phase);
+        multiply(x[j], ring.here(p), tiles, sum, lane);
+        ring.release(lane, p.stages);
+      }
+      if (first == 0) x[j].store(p, first_row, slab, lane);
+      if (i + j + AHEAD < filling.n) x[j].load(p, first_row, slab + AHEAD, lane);
+    }
+  }
+}
+
+// u of one fragment, 16 ranks of tile `t` x 8 rows of x from `first` on.
+DEVICE void store_u(const Arguments& p, int t, int first, float4 v, int lane) {
+  if (AS_FRAGMENTS) {
+    const int tiles = p.tile_rows / 8, tile = first / 8;
     const uint4 u = as_u(v, p.scaling + 16 * t, lane);
     if (tile < tiles) ((uint4*)p.u_out)[((size_t)t * tiles + tile) * 32 + lane] = u;
     return;
@@ -110,43 +154,69 @@ DEVICE void store_u(const Arguments& p, int t, int n, float4 v, int lane) {
   const float sums[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int rank = (lane >> 2) + 8 * (i / 2), row = blockIdx.y * 8 * N_TILES + 8 * n + 2 * (lane & 3) + i % 2;
+    const int rank = (lane >> 2) + 8 * (i / 2), row = first + 2 * (lane & 3) + i % 2;
     if (row >= p.batch) continue;
     const size_t chunk = (size_t)(row / p.tile_rows) * p.rank_tiles * 2 + 2 * t + rank / 8;
     ((u16*)p.u_out)[(chunk * p.tile_rows + row % p.tile_rows) * 8 + rank % 8] = (u16)pack2(sums[i] * p.scaling[16 * t + rank], 0.f);
   }
 }
 
+// The sums of all warps of the thread block, then of the cluster, to u. sums: [ROW_WARPS][K_WARPS][SUMS]
+DEVICE void add_up(const Arguments& p, const Sums& sum, float4* sums, int first, int row_warp, int group, int lane) {
+  float4* own = sums + (row_warp * K_WARPS + group) * SUMS;
+#pragma unroll
+  for (int i = 0; i < AT_ONCE * N_TILES; i++) own[i * 32 + lane] = as_float4(sum[i / N_TILES][i % N_TILES]);
+  __syncthreads();
+  for (int i = threadIdx.x; i < ROW_WARPS * SUMS; i += WARPS * 32) {
+    float4* of_first = sums + i / SUMS * K_WARPS * SUMS + i % SUMS;
+    float4 total = *of_first;
+#pragma unroll
+    for (int k = 1; k < K_WARPS; k++) total = total + of_first[k * SUMS];
+    *of_first = total;
+  }
+  cluster_meet();
+  constexpr int ALL = ROW_WARPS * SUMS, SHARE = ALL / PARTS < 32 ? 32 : ALL / PARTS;  // whole warps
+  for (int i = threadIdx.x; i < SHARE; i += WARPS * 32) {
+    const int at = cluster_rank() * SHARE + i, in_warp = at % SUMS;
+    if (at >= ALL) break;
+    const float4* from = sums + at / SUMS * K_WARPS * SUMS + in_warp;
+    float4 total = load_of(from, 0);
+#pragma unroll
+    for (int part = 1; part < PARTS; part++) total = total + load_of(from, part);
+    const int tile = first + in_warp / (32 * N_TILES), row = blockIdx.y * BLOCK_X_ROWS + at / SUMS * ROWS + in_warp / 32 % N_TILES * 8;
+    if (tile < p.rank_tiles) store_u(p, tile, row, total, lane);
+  }
+  cluster_meet();  // the sums are read, also by others
+}
+
 extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(WARPS * 32)
     tiles_of_x(const __grid_constant__ Arguments p) {
-  extern __shared__ __align__(128) float4 sums[];  // [WARPS][SUMS]; the first SUMS then hold those of all warps
+  extern __shared__ __align__(128) u8 memory[];
+  __shared__ __align__(8) u64 full[K_WARPS * MOST_STAGES], empty[K_WARPS * MOST_STAGES];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp / ROW_WARPS, row_warp = warp % ROW_WARPS;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < K_WARPS * p.stages; i++) {
+      barrier_init(shared_address(full + i), 1);
+      barrier_init(shared_address(empty + i), ROW_WARPS * ARRIVALS_OF_WARP);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
   let_next_kernel_start();
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  for (int first = 0; first == 0 || first < p.rank_tiles; first += AT_ONCE) {
-    float sum[AT_ONCE][N_TILES][4] = {};
-    multiply(p, first, first == 0, sum, warp, lane);
-    if (p.rank_tiles == 0) break;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE * N_TILES; i++) {
-      const float* v = sum[i / N_TILES][i % N_TILES];
-      sums[warp * SUMS + i * 32 + lane] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-    __syncthreads();
-    for (int i = thread; i < SUMS; i += WARPS * 32) {
-      float4 total = sums[i];
-#pragma unroll
-      for (int w = 1; w < WARPS; w++) total = total + sums[w * SUMS + i];
-      sums[i] = total;
-    }
-    cluster_meet();
-    constexpr int SHARE = SUMS / PARTS;  // whole warps
-    if (thread < SHARE) {
-      const int i = cluster_rank() * SHARE + thread;
-      float4 total = load_of(sums + i, 0);
-#pragma unroll
-      for (int part = 1; part < PARTS; part++) total = total + load_of(sums + i, part);
-      if (first + i / (32 * N_TILES) < p.rank_tiles) store_u(p, first + i / (32 * N_TILES), i / 32 % N_TILES, total, i % 32);
-    }
-    cluster_meet();  // the sums are read, also by others
+  const int number = blockIdx.x * K_WARPS + group, begin = number * p.n_slabs / (PARTS * K_WARPS);
+  const int end = (number + 1) * p.n_slabs / (PARTS * K_WARPS), first_row = blockIdx.y * BLOCK_X_ROWS + row_warp * ROWS;
+  const bool fills = row_warp == 0 && lane == 0;
+  Ring ring{shared_address(full + group * p.stages), shared_address(empty + group * p.stages),
+            shared_address(memory) + group * p.stages * p.stage_bytes};
+  Filling filling{ring, begin, end - begin};
+  for (int i = 0; fills && i < p.stages; i++) filling.fill(p);
+  __syncwarp();
+  wait_for_previous_kernel();
+  for (int i = threadIdx.x; blockIdx.x == 0 && blockIdx.y == 0 && i < p.n_counters; i += WARPS * 32) p.counters[i] = 0;
+  float4* sums = (float4*)(memory + K_WARPS * p.stages * p.stage_bytes);
+  for (int first = blockIdx.z * AT_ONCE; first == 0 || first < p.rank_tiles; first += gridDim.z * AT_ONCE) {
+    Sums sum = {};
+    multiply_slabs(p, filling, fills, ring, first, first_row, sum, lane);
+    if (p.rank_tiles) add_up(p, sum, sums, first, row_warp, group, lane);
   }
 }

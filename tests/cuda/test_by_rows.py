@@ -28,9 +28,9 @@ def test_a_chosen_cut_covers_all_rows_and_leaves_less_than_a_round_to_be_split(n
 
 @pytest.mark.parametrize("n_rows", [4096, 28672])
 def test_few_rows_are_skinny_more_fused_then_decoded_and_many_expanded(n_rows):
-    facts, batches = replace(FACTS, n_row_blocks=n_rows // 256), (1, 8, 9, 64, 128, 4096)
+    facts, batches = replace(FACTS, n_row_blocks=n_rows // 256), (1, 8, 9, 32, 64, 128, 4096)
     chosen = [kernel_for(batch, facts) for batch in batches]
-    assert chosen == ["skinny", "skinny", "fused", "fused", "decoded", "expanded"]
+    assert chosen == ["skinny", "skinny", "fused", "fused", "decoded", "decoded", "expanded"]
     assert "decoded" not in [kernel_for(batch, replace(facts, most_decoded=0)) for batch in batches]
     assert "skinny" not in [kernel_for(batch, replace(facts, most_skinny=0)) for batch in batches]
 
@@ -44,8 +44,9 @@ def test_no_rows_are_fused_which_launches_nothing():
     assert kernel_for(0, FACTS) == "fused"
 
 
-def test_quantized_weights_are_decoded_from_33_rows_on():
-    chosen = [kernel_for(batch, replace(FACTS, is_quantized=True)) for batch in (32, 33, 64, 256)]
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_weights_are_decoded_from_33_rows_on(is_quantized):
+    chosen = [kernel_for(batch, replace(FACTS, is_quantized=is_quantized)) for batch in (32, 33, 64, 256)]
     assert chosen == ["fused", "decoded", "decoded", "decoded"]
 
 

@@ -50,14 +50,19 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
     from salr.cuda.device_layout import definitions
 
     dtypes = (torch.bfloat16, torch.float16) if encoding == "bitmap16" else (torch.bfloat16,)
-    tiles = TILES_OF_ROWS if encoding == "bitmap16" else TILES_OF_ROWS[-1:]  # the larger one needs more of everything
-    chosen = (definitions(encoding, dtype, NT=nt) for nt, dtype in itertools.product(tiles, dtypes))
+    tiles = TILES_OF_ROWS if encoding == "bitmap16" else (8, 32)  # the one between needs less of everything
+    chosen = (
+        definitions(encoding, dtype, NT=nt, GROUPS=TILES_OF_ROWS[nt]) for nt, dtype in itertools.product(tiles, dtypes)
+    )
     check_all_compile(("decoded_linear.cu", each, "sm_90a") for each in chosen)
 
 
-def test_the_launch_before_few_rows_compiles_with_few_and_many_warps():
-    few = (("FEW_ROWS", 1), ("N_TILES", 2))
-    check_all_compile(("tiles_of_x.cu", (*few, ("WARPS", warps)), "sm_90a") for warps in (8, 16))
+def test_the_launch_before_compiles_for_few_and_many_rows_and_both_orders_of_u():
+    chosen = [
+        (("ROW_WARPS", rows), ("K_WARPS", k), ("RANK_TILES", ranks), ("AS_FRAGMENTS", order))
+        for rows, k, ranks, order in ((1, 16, 2, 1), (1, 16, 2, 0), (2, 8, 4, 0))
+    ]
+    check_all_compile(("tiles_of_x.cu", each, "sm_90a") for each in chosen)
 
 
 @pytest.mark.parametrize("encoding", ["dense8", "dense4"])

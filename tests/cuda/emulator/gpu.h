@@ -161,6 +161,11 @@ template <class T> T __shfl_sync(u32, T v, int from, int site = __builtin_LINE()
 template <class T> T __shfl_xor_sync(u32, T v, int distance, int site = __builtin_LINE()) {
   return shuffle(site, v, gpu::here->lane ^ distance);
 }
+inline int __any_sync(u32, int v, int site = __builtin_LINE()) {
+  int any = v;
+  for (int d = 16; d; d >>= 1) any |= shuffle(site, any, gpu::here->lane ^ d);
+  return any;
+}
 template <class T> T __shfl_up_sync(u32, T v, int distance, int site = __builtin_LINE()) {
   return shuffle(site, v, gpu::here->lane - distance);
 }

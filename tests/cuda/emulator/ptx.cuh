@@ -87,6 +87,7 @@ inline float4 load_fresh(const float4* p) {
 }
 inline float load_fresh(const float* p) { return __uint_as_float(gpu::load(*(const u32*)p)); }
 inline u32 load_fresh(const u32* p) { return gpu::load(*p); }
+inline u32 load_acquire(const u32* p) { return gpu::ask_again(), gpu::load(*p); }
 inline u32 add_relaxed(u32* p, u32 v) { return gpu::add(*p, v); }
 inline u32 add_release(u32* p, u32 v) { return gpu::add(*p, v); }
 inline void prefetch(const void*) {}
