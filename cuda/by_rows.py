@@ -1,8 +1,8 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
-At most 8 rows (16 of small weights), and up to 64: weight, adapters and bias in one launch (skinny.py, from compute
-capability 9.0 on, and fused.py, where products are asynchronous after one that arranges x and makes u). More, on
-compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many: the weight
+At most 8 rows (16 of small weights), and up to 32, or 64: weight, adapters and bias in one launch (skinny.py, from
+compute capability 9.0 on, and fused.py, where products are asynchronous after one that arranges x and makes u). From 33
+on, on compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many: the weight
 expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
@@ -19,7 +19,7 @@ from .beside import Factors
 from .compilation import ASYNC_CAPABILITY
 from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
-from .fused import FEWEST_ROUNDS, LARGEST_BATCH, FusedProduct
+from .fused import LARGEST_BATCH, FusedProduct
 from .launching import ONE_AT_A_TIME, aligned, uncaptured
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
@@ -35,8 +35,8 @@ _BYTES, _OPERATIONS = 3e6, 8e8
 #: a fused product of 33 to 64 rows: what is done once, and a weight of 16 bits or a quantized one, in microseconds
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 #: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
-#: have few rounds: its fixed costs are what skinny saves
-_SURELY_SKINNY = 8
+#: have fewer rounds than this: its fixed costs are what skinny saves
+_SURELY_SKINNY, _FEW_ROUNDS = 8, 5
 #: rows of x from which a weight may be decoded
 _FEWEST_DECODED = 33
 
@@ -101,7 +101,7 @@ class ProductByRows:
         capability = torch.cuda.get_device_capability(device)
         most_skinny = most_decoded = 0
         if self._has_kernels and capability >= LEAST_SKINNY:
-            fastest = LARGEST_SKINNY if self._fused.rounds < FEWEST_ROUNDS else _SURELY_SKINNY
+            fastest = LARGEST_SKINNY if self._fused.rounds < _FEW_ROUNDS else _SURELY_SKINNY
             most_skinny = min(fastest, self._skinny.most_rows)
         if self._has_kernels and capability == ASYNC_CAPABILITY:
             most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize

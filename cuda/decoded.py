@@ -1,4 +1,4 @@
-"""Products with many rows of x: weights are decoded into registers and multiplied there, never dense in memory.
+"""Products with 33 and more rows of x: weights are decoded into registers and multiplied there, never dense in memory.
 
 Invariant: a product is one launch for u and x's order and one for the product. Where the columns of W are split among
 thread blocks, sums are added in a fixed order: the same input gives the same bits; all thread blocks are resident then.
@@ -42,7 +42,7 @@ _INPUT_US, _INPUT_SLAB_US, _INPUT_ROW_US = 4.0, 0.02, 1e-4
 _SLAB_US, _LATER_US, _MOST_LATER = {8: 0.455, 16: 0.655, 32: 0.8}, 0.015, 6
 _ONCE_US, _TILE_US = {8: 4.0, 16: 5.0, 32: 5.5}, 1.0
 #: by NT: tiles that are split, where clusters have a part of one tile, and of two
-_SPLIT_US = {8: (5.5, 10.0), 16: (6.0, 11.0), 32: (10.0, 20.0)}
+_SPLIT_US = {8: (5.5, 12.0), 16: (6.0, 11.0), 32: (10.0, 20.0)}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class DecodedProduct:
         largest = 16 * int((begins[1:] - begins[:-1]).max()) + HEADER_BYTES
         self._x_at = -(-max(largest, _STEPS_BYTES if adapters else 0) // 128) * 128
         self._input = TilesOfInput(weight, adapters)
-        self._launches: dict[int, tuple[_Arguments, Launch]] = {}
+        self._launches: dict[int, tuple[_Arguments, Launch, int]] = {}
 
     def __call__(self, x: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
         """Return the product (M, N) of x (M, x_columns), contiguous, in its dtype.
@@ -138,13 +138,13 @@ class DecodedProduct:
         """
         batch, weight, stream = x.shape[0], self.weight, stream_of(x)
         shape = shape or shape_for(batch, weight.n_row_blocks, weight.n_slabs, self.clusters)
-        arguments, launch = self._launch(shape.NT)
+        arguments, launch, resident = self._launch(shape.NT)
         out = x.new_empty(batch, weight.n_rows)
         n_m_tiles = shape.n_tiles // weight.n_row_blocks
         tiles = x.new_empty(n_m_tiles * shape.rows, weight.padded_columns)
         tiles_of_u = x.new_empty(n_m_tiles * shape.rows, self._input.ranks)
         split = shape.n_tiles - shape.n_whole
-        sharers = split_among(split, weight.n_slabs, self.clusters) if split else 0
+        sharers = split_among(split, weight.n_slabs, resident) if split else 0
         partial = torch.empty(2 * sharers * BLOCK_ROWS * shape.rows, dtype=torch.float32, device=x.device)
         counters = torch.empty(split * UNITS, dtype=torch.int32, device=x.device)
         self._input(x, shape.rows, tiles, tiles_of_u, stream, counters)
@@ -155,14 +155,14 @@ class DecodedProduct:
         launch.over(2 * max(sharers, min(self.clusters, shape.n_whole)))(stream)
         return out
 
-    def _launch(self, nt: int) -> tuple[_Arguments, Launch]:
-        """Return the launch for tiles of 8 * ``nt`` rows, and its arguments."""
+    def _launch(self, nt: int) -> tuple[_Arguments, Launch, int]:
+        """Return the launch for tiles of 8 * ``nt`` rows, its arguments, and how many clusters are resident."""
         found = self._launches.get(nt)
         if found is None:
             found = self._launches[nt] = self._made(nt)
         return found
 
-    def _made(self, nt: int) -> tuple[_Arguments, Launch]:
+    def _made(self, nt: int) -> tuple[_Arguments, Launch, int]:
         weight, adapters, groups = self.weight, self._adapters, TILES_OF_ROWS[nt]
         stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
         exchanged = (groups - 1) * BLOCK_ROWS // 2 * 8 * nt * 4
@@ -180,9 +180,9 @@ class DecodedProduct:
         )  # fmt: skip
         chosen = definitions(weight.encoding, weight.dtype, NT=nt, GROUPS=groups)
         kernel = function("decoded_linear.cu", "decoded_linear", chosen, weight.slabs.device.index)
-        return arguments, Launch(
-            kernel, (1, 1, 1), _THREADS[groups], stages * stage_bytes + exchanged, [arguments],
-        )  # fmt: skip
+        shared_bytes = stages * stage_bytes + exchanged
+        launch = Launch(kernel, (1, 1, 1), _THREADS[groups], shared_bytes, [arguments])
+        return arguments, launch, min(self.clusters, launch.clusters_at_once(2))
 
 
 def halves(weight: SlabWeight) -> torch.Tensor:

@@ -66,11 +66,12 @@ class Tile:
 
 
 TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 8, 2, 7), Tile(8, 8, 2, 3))
-ASYNC_TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 16, 2, 0, 1), Tile(8, 16, 2, 0, 1))
-#: instead of the asynchronous one of 32 rows where a thread block has few rounds: no launch before it; and where it has
-#: fewest: those who multiply have nothing else to do when u comes
+#: more rows than 32 are decoded.py's where products are asynchronous
+ASYNC_TILES = (*TILES[:2], Tile(4, 16, 2, 0, 1), TILES[3])
+#: instead of the asynchronous one where a thread block has few rounds: no launch before it; and where it has fewest:
+#: those who multiply have nothing else to do when u comes
 SHORT_TILE, SHORTEST_TILE = Tile(4, 16, 2, 3), Tile(4, 16, 2, 0)
-_FEW_ROUNDS, FEWEST_ROUNDS = 16, 5
+_FEW_ROUNDS, _FEWEST_ROUNDS = 16, 8
 
 
 def rounds_of_block(weight: SlabWeight) -> float:
@@ -85,7 +86,7 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
     tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
     if not tile.ASYNC or tile.NT != SHORT_TILE.NT or rounds >= _FEW_ROUNDS:
         return tile
-    return SHORTEST_TILE if rounds < FEWEST_ROUNDS else SHORT_TILE
+    return SHORTEST_TILE if rounds < _FEWEST_ROUNDS else SHORT_TILE
 
 
 class _Arguments(ctypes.Structure):

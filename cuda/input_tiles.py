@@ -41,7 +41,7 @@ class TilesOfInput:
     Args:
         weight: what x is multiplied by.
         adapters: in fragment order, or None.
-        as_fragments: for one tile of at most 64 rows: u comes as fragments of two 16-bit floats a number, else rounded
+        as_fragments: for one tile of at most 96 rows: u comes as fragments of two 16-bit floats a number, else rounded
             once, in x's order.
     """
 

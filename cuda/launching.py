@@ -80,6 +80,23 @@ class Launch:
         self._configuration.grid[:] = x, y, z
         return self
 
+    def clusters_at_once(self, thread_blocks: int) -> int:
+        """Return how many clusters of so many thread blocks the device holds at the same time.
+
+        Raises:
+            CudaError: the driver's answer was not success.
+        """
+        found = ctypes.c_int()
+        asked = ctypes.byref(found), self._function, self.over(thread_blocks)._address
+        is_current = torch.cuda.current_device() == self._device
+        with contextlib.nullcontext() if is_current else torch.cuda.device(self._device):
+            status = self._driver.cuOccupancyMaxActiveClusters(*asked)
+            if status == _INVALID_CONTEXT:
+                make_current(self._device)
+                status = self._driver.cuOccupancyMaxActiveClusters(*asked)
+        _require(status, "cuOccupancyMaxActiveClusters")
+        return found.value
+
     def __call__(self, stream: int) -> None:
         """Launch on a stream (its handle) of the function's device.
 
@@ -176,4 +193,5 @@ def driver() -> ctypes.CDLL:
     """
     found = ctypes.CDLL("libcuda.so.1")
     found.cuLaunchKernelEx.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    found.cuOccupancyMaxActiveClusters.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return found

@@ -94,8 +94,9 @@ def _loaded(library: Path) -> ctypes.CDLL:
 class Driver:
     """Launches as CUDA's driver does, kernels that were ``made`` here; each in another order of threads."""
 
-    def __init__(self, capability: tuple[int, int], seed: int) -> None:
+    def __init__(self, capability: tuple[int, int], n_sms: int, seed: int) -> None:
         self._architecture, self._shared_bytes = 100 * capability[0] + 10 * capability[1], SHARED_BYTES[capability]
+        self._n_sms = n_sms
         self._seeds = itertools.count(seed)
         self._kernels: list[tuple[ctypes.CDLL, str]] = []
 
@@ -104,6 +105,11 @@ class Driver:
         library = compiled(file, (("__CUDA_ARCH__", self._architecture), *definitions))
         self._kernels.append((library, name))
         return compilation.Function(len(self._kernels), 0)
+
+    def cuOccupancyMaxActiveClusters(self, found: Any, _: ctypes.c_void_p, address: int) -> int:
+        """Find room for as many clusters as there are pairs of multiprocessors: clusters are asked for as a grid."""
+        found._obj.value = self._n_sms // launching._Configuration.from_address(address).grid[0]
+        return 0
 
     def cuLaunchKernelEx(self, address: int, function: ctypes.c_void_p, arguments: Any, _: None) -> int:
         """Run a kernel to its end.
@@ -124,7 +130,7 @@ class Driver:
 @contextlib.contextmanager
 def emulation(capability: tuple[int, int] = (9, 0), n_sms: int = 6, seed: int = 0) -> Iterator[None]:
     """Run kernels on tensors in host memory, as if on a GPU of this capability with so many multiprocessors."""
-    driver = Driver(capability, seed)
+    driver = Driver(capability, n_sms, seed)
     properties = SimpleNamespace(
         multi_processor_count=n_sms, shared_memory_per_block_optin=SHARED_BYTES[capability],
         shared_memory_per_multiprocessor=SHARED_BYTES[capability] + 1024,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from salr.cuda.by_rows import Facts, kernel_for
-from salr.cuda.decoded import shape_for
+from salr.cuda.decoded import shape_for, split_among
 from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, SHORTEST_TILE, TILES, tile_for
 
 H100_CLUSTERS = 66
@@ -57,8 +57,15 @@ def test_small_weights_are_fused_up_to_64_rows(is_quantized):
 
 
 def test_tiles_of_up_to_32_rows_change_with_a_thread_blocks_rounds():
-    hopper = [tile_for(32, "bitmap16", (9, 0), rounds) for rounds in (4, 5, 15, 16)]
+    hopper = [tile_for(32, "bitmap16", (9, 0), rounds) for rounds in (7.9, 8, 15, 16)]
     assert hopper == [SHORTEST_TILE, SHORT_TILE, SHORT_TILE, ASYNC_TILES[2]]
-    assert tile_for(33, "bitmap16", (9, 0), 4) == ASYNC_TILES[3]
     for older in (("bitmap16", (8, 0)), ("dense8", (9, 0))):
         assert [tile_for(batch, *older, 4) for batch in (1, 9, 17, 33)] == list(TILES)
+
+
+@pytest.mark.parametrize(
+    ("n_tiles", "n_slabs", "expected"),
+    [(16, 64, 64), (24, 64, 48), (43, 64, 66), (46, 64, 66), (47, 64, 47), (65, 64, 65), (1, 2, 1), (3, 4, 6)],
+)
+def test_split_tiles_are_shared_so_that_most_clusters_have_a_part_of_one(n_tiles, n_slabs, expected):
+    assert split_among(n_tiles, n_slabs, H100_CLUSTERS) == expected
