@@ -5,9 +5,10 @@
 
 Dense is torch.nn.functional.linear in bfloat16, and for the shapes of --autotune also torch.compile's max-autotune; the
 fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights,
-more than the L2 cache holds; a figure is the median of the replays, in brackets the fastest and the slowest. "norms
-between" is the same chain with a residual add and RMSNorm of K columns after each layer, as in a model, by the same
-kernel on both sides. Quantized values are timed up to 64 rows. "2:4" is bf16 with two of four kept, timed from 1024
+more than the L2 cache holds, after a fifth of a second of the same, so that each side has the clocks that its own power
+leaves it; a figure is the median of the replays, in brackets the fastest and the slowest. "norms between" is the same
+chain with a residual add and RMSNorm of K columns after each layer, as in a model, by the same kernel on both sides.
+Quantized values are timed up to 64 rows. "2:4" is bf16 with two of four kept, timed from 1024
 rows on, where sparse tensor cores multiply it. --peers adds torch's own dense kernels for 4-bit (groups of 128) and fp8
 weights, without bias and adapters: other bytes, other errors.
 """
@@ -20,6 +21,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ ROTATED_BYTES = 120 << 20  # more than twice the L2 cache
 LARGEST_CHAIN = 64  # rows from which a layer is timed alone: products are no longer bound by memory
 TWO_OF_FOUR, QUANTIZED = "2:4", ("int8", "nf4")
 FEWEST_SPARSE = 1024  # rows from which 2:4 is timed
+WARM_UP = 0.2  # seconds
 Call = Callable[[], Any]
 
 
@@ -57,7 +60,10 @@ def timed(calls: list[Call], replays: int = 9) -> tuple[float, float, float]:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls * rounds:
             call()
-    times = []
+    times, until = [], time.monotonic() + WARM_UP
+    while time.monotonic() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -28,8 +28,8 @@ from .input_tiles import TilesOfInput
 from .launching import Launch, address, fields, stream_of
 from .low_rank import Fragments, addresses
 
-#: decoded_linear.cu: THREADS by GROUPS, STEPS * HALF_UNITS * STEP_BYTES; MAX_STAGES
-_THREADS, _STEPS_BYTES = {1: 384, 2: 640}, 2 * 8 * 512
+#: decoded_linear.cu: THREADS by GROUPS, STEPS * HALF_UNITS * STEP_BYTES, HALF_UNITS * EXCHANGED * 512; MAX_STAGES
+_THREADS, _STEPS_BYTES, _EXCHANGED_BYTES = {1: 384, 2: 640}, 2 * 8 * 512, 8 * 4 * 512
 _FEWEST_STAGES, _MOST_STAGES = 3, 16
 #: NT of the shapes that are launched, 8 * NT rows of x a tile, and their GROUPS
 TILES_OF_ROWS = {8: 2, 16: 1, 32: 1}
@@ -165,7 +165,7 @@ class DecodedProduct:
     def _made(self, nt: int) -> tuple[_Arguments, Launch, int]:
         weight, adapters, groups = self.weight, self._adapters, TILES_OF_ROWS[nt]
         stage_bytes = self._x_at + SLAB_COLUMNS * 2 * 8 * nt
-        exchanged = (groups - 1) * BLOCK_ROWS // 2 * 8 * nt * 4
+        exchanged = (groups - 1) * _EXCHANGED_BYTES
         room = self._shared_bytes - exchanged
         stages = min(_MOST_STAGES, room // stage_bytes)
         if stages < _FEWEST_STAGES:

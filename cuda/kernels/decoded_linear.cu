@@ -30,6 +30,7 @@ constexpr int CONSUMER_WARPS = GROUPS * HALF_UNITS;
 constexpr int THREADS = CONSUMER_WARPS * 32 + 128;
 constexpr int REGISTERS = GROUPS == 1 ? 224 : 112, OF_PRODUCER = GROUPS == 1 ? 56 : 32;
 constexpr int STEPS = 2;  // of B in a stage
+constexpr int EXCHANGED = 4;  // tiles of eight rows that one group leaves to the other at a time
 constexpr int GROUP = 8;  // tiles of x that are walked through before the next row block
 
 struct Arguments {
@@ -276,20 +277,23 @@ DEVICE void multiply_b(const Arguments& p, Ring& ring, Tiles& sum, int steps, in
 
 DEVICE void consumers_meet() { some_meet<CONSUMER_WARPS * 32>(); }
 
-// The second group's sums to the first; `to` is this lane's place.
-DEVICE void add_groups(Tiles& sum, u32 to, int group, int warp) {
+// The second group's sums to the first, some at a time, so that the ring has room; `to` is this lane's place.
+DEVICE void add_groups(Tiles& sum, u32 to, int group) {
   if (GROUPS == 1) return;
-  consumers_meet();  // what was left for the tile before has been read
-  if (group == 1) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) sts128(to + n * 512, as_bits(as_float4(sum[n])));
-  }
-  consumers_meet();
-  if (group == 1) return;
+  for (int first = 0; first < NT; first += EXCHANGED) {
+    consumers_meet();  // what was left before has been read
+    if (group == 1) {
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const float4 v = as_floats(lds128_now(to + n * 512));
-    sum[n][0] += v.x, sum[n][1] += v.y, sum[n][2] += v.z, sum[n][3] += v.w;
+      for (int n = 0; n < EXCHANGED; n++) sts128(to + n * 512, as_bits(as_float4(sum[first + n])));
+    }
+    consumers_meet();
+    if (group == 1) continue;
+#pragma unroll
+    for (int n = 0; n < EXCHANGED; n++) {
+      const float4 v = as_floats(lds128_now(to + n * 512));
+      sum[first + n][0] += v.x, sum[first + n][1] += v.y, sum[first + n][2] += v.z, sum[first + n][3] += v.w;
+    }
   }
 }
 
@@ -403,8 +407,8 @@ DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane,
   Held held;
   const int group = GROUPS == 1 ? 0 : warp / HALF_UNITS, of_group = warp % HALF_UNITS;
   const int first_unit = half * HALF_UNITS, unit = first_unit + of_group;
-  const u32 own_sums = (of_group * NT * 32 + lane) * 16, exchanged = ring.memory + p.stages * p.stage_bytes + own_sums;
-  Kept kept{ring.memory + own_sums, -1, 0, 0};
+  const u32 exchanged = ring.memory + p.stages * p.stage_bytes + (of_group * EXCHANGED * 32 + lane) * 16;
+  Kept kept{ring.memory + (of_group * NT * 32 + lane) * 16, -1, 0, 0};
   wait_for_previous_kernel();
   Tiles sum;
   Items items(p);
@@ -424,7 +428,7 @@ DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane,
       multiply_b(p, ring, sum, p.block_steps - (next - slabs) * STEPS, of_group, lane);
     next -= stages;
     wgmma_done(sum);
-    add_groups(sum, exchanged, group, of_group);
+    add_groups(sum, exchanged, group);
     if (!item.is_whole() && items.is_over(p)) {  // the last one: what this cluster adds up itself stays here
       const Shared shared(p, split, item.in_split);
       kept.in_split = item.in_split, kept.from = shared.share_of(items.cluster), kept.to = shared.share_of(items.cluster + 1);

@@ -56,7 +56,7 @@ def test_decoded_weights_of_every_encoding_and_sparsity_are_multiplied(sparsity,
     check_decoded(weight(1000, 712, sparsity, encoding), 16, 200, dtype)
 
 
-@pytest.mark.emulated(rank=[])
+@pytest.mark.emulated(rank=[80])
 @pytest.mark.parametrize("rank", [0, 7, 16, 64, 80, 256])
 def test_decoded_weights_and_any_rank_are_multiplied(rank):
     check_decoded(weight(2048, 1024), rank, 150)
