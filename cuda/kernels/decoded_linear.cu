@@ -373,7 +373,7 @@ struct Share {
   }
 };
 
-// As soon as all parts are there: add them, in order, and write y.
+// As soon as all parts are there, this thread block's own among them: add them, in order, and write y.
 DEVICE void finish(const Arguments& p, const Shared& shared, int in_split, const Kept& kept, int cluster, int group, int unit, int lane) {
   const int from = shared.share_of(cluster, group), to = shared.share_of(cluster, group + 1);
   if (from == to) return;
@@ -436,7 +436,6 @@ DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane,
     }
     if (group == 0) store(p, sum, item, kept, unit, lane);
   }
-  if (GROUPS > 1) consumers_meet();
   const int begin = split.begin(items.cluster), end = split.begin(items.cluster + 1);
   for (int tile = begin / p.slabs_per_block; tile * p.slabs_per_block < end; tile++)
     finish(p, Shared(p, split, tile), tile, kept, items.cluster, group, unit, lane);

@@ -62,6 +62,33 @@ def test_decoded_weights_and_any_rank_are_multiplied(rank):
     check_decoded(weight(2048, 1024), rank, 150)
 
 
+@pytest.mark.emulated(case=[(20, 19200, 24), (130, 19200, 80)])
+@pytest.mark.parametrize(
+    "case", [(20, 19200, 24), (130, 19200, 80), (700, 14336, 64), (2100, 4096, 256), (4100, 712, 0)]
+)
+def test_the_launch_before_gives_x_in_its_order_and_u(case):
+    from salr.cuda.device_layout import lay_out
+    from salr.cuda.input_tiles import TilesOfInput
+    from salr.cuda.launching import stream_of
+    from salr.cuda.low_rank import fragments
+
+    batch, n_columns, rank = case
+    low_rank = adapters(16, n_columns, rank) if rank else None
+    slabs = lay_out(weight(16, n_columns), torch.bfloat16)
+    order = low_rank and fragments(low_rank, torch.bfloat16)
+    launch = TilesOfInput(slabs, order)
+    x = torch.randn(batch, n_columns, device=DEVICE).bfloat16()
+    tiles, u = x.new_empty(slabs.n_slabs, 8, batch, 8), x.new_empty(launch.ranks // 8, batch, 8)
+    counters = torch.ones(5, dtype=torch.int32, device=DEVICE)
+    launch(x, batch, tiles, u, stream_of(x) if DEVICE != "cpu" else 0, counters)
+    wide = torch.nn.functional.pad(x, (0, slabs.padded_columns - n_columns)).view(batch, -1, 4, 4, 2, 2)
+    assert torch.equal(tiles, wide.permute(1, 3, 4, 0, 2, 5).reshape(tiles.shape))
+    assert not counters.any()
+    if low_rank:
+        expected = (x.double() @ low_rank.lora_A.double().T) * low_rank.scaling.double()
+        assert error(u.permute(1, 0, 2).reshape(batch, -1)[:, :rank], expected) < 3e-3
+
+
 @pytest.mark.emulated
 def test_decoded_rows_with_nothing_or_everything_kept():
     kept = torch.rand(700, 1024, device=DEVICE) > 0.5
