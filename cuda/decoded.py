@@ -25,7 +25,7 @@ from .device_layout import (
     unit_bounds,
 )
 from .input_tiles import TilesOfInput
-from .launching import Launch, address, fields, stream_of
+from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 
 #: decoded_linear.cu: THREADS by GROUPS, STEPS * HALF_UNITS * STEP_BYTES, HALF_UNITS * EXCHANGED * 512; MAX_STAGES
@@ -159,7 +159,8 @@ class DecodedProduct:
         """Return the launch for tiles of 8 * ``nt`` rows, its arguments, and how many clusters are resident."""
         found = self._launches.get(nt)
         if found is None:
-            found = self._launches[nt] = self._made(nt)
+            with uncaptured(self.weight.slabs.device):
+                found = self._launches[nt] = self._made(nt)
         return found
 
     def _made(self, nt: int) -> tuple[_Arguments, Launch, int]:

@@ -13,7 +13,7 @@ import torch
 
 from .compilation import function
 from .device_layout import SlabWeight, fixed_shared_bytes
-from .launching import Launch, address, fields
+from .launching import Launch, address, fields, uncaptured
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
 #: tiles_of_x.cu: ROWS, A_TILE_BYTES, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
@@ -73,7 +73,8 @@ class TilesOfInput:
         shape = next(shape for most, shape in _SHAPES if batch <= most)
         found = self._launches.get(shape)
         if found is None:
-            found = self._launches[shape] = self._made(*shape)
+            with uncaptured(x.device):
+                found = self._launches[shape] = self._made(*shape)
         arguments.stages, launch = found
         arguments.stage_bytes = shape[-1] * _TILE_BYTES
         arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()

@@ -18,93 +18,14 @@
 #define NT 32  // tiles of 8 rows of x
 #endif
 #include "cluster.cuh"
+#include "cut.cuh"
 #include "ring.cuh"
-#include "rows_of_y.cuh"
-#include "wgmma.cuh"
+#include "split_tiles.cuh"
 
-constexpr int HALF_UNITS = UNITS / 2;
-#ifndef GROUPS
-#define GROUPS 1  // two where there are registers for them: each warp waits for itself most of the time
-#endif
 constexpr int CONSUMER_WARPS = GROUPS * HALF_UNITS;
 constexpr int THREADS = CONSUMER_WARPS * 32 + 128;
 constexpr int REGISTERS = GROUPS == 1 ? 224 : 112, OF_PRODUCER = GROUPS == 1 ? 56 : 32;
-constexpr int STEPS = 2;  // of B in a stage
 constexpr int EXCHANGED = 4;  // tiles of eight rows that one group leaves to the other at a time
-constexpr int GROUP = 8;  // tiles of x that are walked through before the next row block
-
-struct Arguments {
-  const u8* slabs;
-  const u32* halves;      // [2 * n_slabs + 1] where a slab's units 0 and 8 begin, in 16-byte units
-  const u8* lora_b;       // [row blocks][block_steps][16 units][32 lanes][8] 16-bit
-  const int* first_step;  // [row blocks] where the row block's ranks begin in u, in steps of 16
-  const u8* x;            // [M / TM][slabs_per_block][8 chunks][TM][8] 16-bit
-  const u8* u;            // [M / TM][u_steps][2 chunks][TM][8] 16-bit
-  const float* bias;      // [N] or null
-  u16* y;                 // [M, N]
-  float4* partial;        // [clusters][2][16 units][NT][32 lanes]: what a cluster leaves of at most two tiles
-  u32* counters;          // [split tiles][16 units] how many parts have been left; 0 at the start
-  int n_rows, batch, slabs_per_block, block_steps, u_steps, n_row_blocks, n_m_tiles, n_whole, split_clusters;
-  int x_at, stage_bytes, stages;
-};
-
-struct Tile {
-  int row_block, m_tile;
-  DEVICE Tile(const Arguments& p, int number) {
-    const int group = number / (GROUP * p.n_row_blocks), in_group = number % (GROUP * p.n_row_blocks);
-    const int of_x = min(GROUP, p.n_m_tiles - group * GROUP);
-    m_tile = group * GROUP + in_group % of_x;
-    row_block = in_group / of_x;
-  }
-};
-
-// The slabs of all tiles that are split, one after the other, in equal runs of pairs: where each cluster's begins.
-struct Split {
-  int clusters, n_pairs;  // of the slabs of all split tiles
-  DEVICE Split(const Arguments& p)
-      : clusters(p.split_clusters), n_pairs((p.n_row_blocks * p.n_m_tiles - p.n_whole) * p.slabs_per_block / 2) {}
-  DEVICE int begin(int cluster) const {
-    return cluster < clusters ? 2 * (int)((long long)cluster * n_pairs / clusters) : 2 * n_pairs;
-  }
-  DEVICE int cluster_of(int slab) const {
-    int cluster = (int)((long long)(slab / 2) * clusters / n_pairs);
-    while (begin(cluster + 1) <= slab) cluster++;
-    return cluster;
-  }
-};
-
-// A tile, or slabs first .. last - 1 of one; the steps of B go with a tile's last slab.
-struct Item {
-  Tile tile;
-  int first, last, b_stages;
-  int slot, in_split;  // where the sums are left, and of which split tile; -1 where they are y
-  DEVICE bool is_whole() const { return slot < 0; }
-};
-
-// A cluster's items, one after the other.
-struct Items {
-  int cluster, clusters, number = 0;  // number: of the next one
-  int slab, end;                      // of the split tiles' slabs: the next one, and the end of this cluster's run
-  DEVICE Items(const Arguments& p) : cluster(blockIdx.x / 2), clusters(gridDim.x / 2) {
-    const Split split(p);
-    slab = split.begin(cluster);
-    end = split.begin(cluster + 1);
-  }
-  DEVICE bool is_over(const Arguments& p) const { return cluster + number * clusters >= p.n_whole && slab >= end; }
-  DEVICE Item next(const Arguments& p) {
-    const int whole = cluster + number * clusters, b_stages = (p.block_steps + STEPS - 1) / STEPS;
-    if (whole < p.n_whole) {
-      number++;
-      return {Tile(p, whole), 0, p.slabs_per_block, b_stages, -1, -1};
-    }
-    const int in_split = slab / p.slabs_per_block, first = slab - in_split * p.slabs_per_block;
-    const int last = min(p.slabs_per_block, first + end - slab);
-    const int slot = 2 * cluster + (slab != Split(p).begin(cluster));
-    slab += last - first;
-    return {Tile(p, p.n_whole + in_split), first, last, last == p.slabs_per_block ? b_stages : 0, slot, in_split};
-  }
-};
-
 constexpr u32 X_BYTES = 8 * CHUNK_BYTES;
 
 // The bytes of a stage of two steps of B, and of their u.
@@ -174,8 +95,6 @@ DEVICE void produce_x(const Arguments& p, Ring ring, int half) {
     }
   }
 }
-
-typedef float Tiles[NT][4];
 
 // A stage that has been multiplied is given back when the products that read it are done.
 struct Held {
@@ -293,112 +212,6 @@ DEVICE void add_groups(Tiles& sum, u32 to, int group) {
     for (int n = 0; n < EXCHANGED; n++) {
       const float4 v = as_floats(lds128_now(to + n * 512));
       sum[first + n][0] += v.x, sum[first + n][1] += v.y, sum[first + n][2] += v.z, sum[first + n][3] += v.w;
-    }
-  }
-}
-
-DEVICE float4* sums_of(const Arguments& p, int slot, int unit) { return p.partial + ((size_t)slot * UNITS + unit) * NT * 32; }
-
-// Of a tile that begins at row m of x: how many tiles of eight rows there are.
-DEVICE int eights(const Arguments& p, int m) { return min(NT, (p.batch - m + 7) / 8); }
-
-// A tile that is split: clusters `first` .. have a part of it each; where the first one left its own.
-struct Shared {
-  Tile tile;
-  int first, parts, first_slot, n_eights;
-  DEVICE Shared(const Arguments& p, const Split& split, int in_split) : tile(p, p.n_whole + in_split) {
-    const int begin = in_split * p.slabs_per_block;
-    first = split.cluster_of(begin), parts = split.cluster_of(begin + p.slabs_per_block - 1) - first + 1;
-    first_slot = 2 * first + (split.begin(first) < begin);
-    n_eights = eights(p, tile.m_tile * TM);
-  }
-  // A cluster adds up and writes eights share_of(cluster) .. share_of(cluster + 1) - 1, its groups a half of them each.
-  DEVICE int share_of(int cluster, int group = 0) const {
-    return n_eights * ((cluster - first) * GROUPS + group) / (parts * GROUPS);
-  }
-};
-
-// Eights `from` .. `to` - 1 of a warp's unit, which stay in shared memory: at `place`, this lane's.
-struct Kept {
-  u32 place;
-  int in_split, from, to;
-  DEVICE bool has(int n) const { return from <= n && n < to; }
-};
-
-DEVICE void store(const Arguments& p, const Tiles& sum, const Item& item, const Kept& kept, int unit, int lane) {
-  const int m = item.tile.m_tile * TM, n_eights = eights(p, m);
-  if (item.is_whole()) {
-    const RowsOfY rows(p.y, p.bias, item.tile.row_block * BLOCK_ROWS + unit * UNIT_ROWS, p.n_rows, p.batch, lane);
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-      if (n < n_eights) rows.store(m + 8 * n, sum[n], lane);
-  } else {
-    float4* to = sums_of(p, item.slot, unit) + lane;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      if (kept.has(n))
-        sts128(kept.place + n * 512, as_bits(as_float4(sum[n])));
-      else if (n < n_eights)
-        store_floats(to + n * 32, sum[n]);
-    }
-    __syncwarp();
-    if (lane == 0) add_release(p.counters + item.in_split * UNITS + unit, 1);
-  }
-}
-
-// A warp's share of a unit of a split tile: all parts of some eights, by few instructions, since each warp waits for its own.
-struct Share {
-  static constexpr int AT_ONCE = GROUPS == 1 ? 8 : 4;  // eights
-  const float4 *first, *rest;                          // where a lane's parts begin: the first one, and those after it
-  u32 kept;
-  int own, parts, n, end;  // own: the part that is kept; n: the next eight
-  DEVICE void load(int part, float4 (&v)[AT_ONCE]) const {
-    if (part >= parts) return;
-    constexpr size_t STRIDE = 2 * (size_t)UNITS * NT * 32;
-    const float4* from = (part ? rest + (part - 1) * STRIDE : first) + n * 32;
-    if (part == own) {
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++)
-        if (n + j < end) v[j] = as_floats(lds128_now(kept + (n + j) * 512));
-    } else {
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++)
-        if (n + j < end) v[j] = load_fresh(from + j * 32);
-    }
-  }
-  DEVICE void add(int part, const float4 (&v)[AT_ONCE], float4 (&sum)[AT_ONCE]) const {
-    if (part >= parts) return;
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) sum[j] = sum[j] + v[j];
-  }
-};
-
-// As soon as all parts are there, this thread block's own among them: add them, in order, and write y.
-DEVICE void finish(const Arguments& p, const Shared& shared, int in_split, const Kept& kept, int cluster, int group, int unit, int lane) {
-  const int from = shared.share_of(cluster, group), to = shared.share_of(cluster, group + 1);
-  if (from == to) return;
-  const RowsOfY rows(p.y, p.bias, shared.tile.row_block * BLOCK_ROWS + unit * UNIT_ROWS, p.n_rows, p.batch, lane);
-  Share share{sums_of(p, shared.first_slot, unit) + lane, sums_of(p, 2 * shared.first + 2, unit) + lane, kept.place,
-              kept.in_split == in_split ? cluster - shared.first : -1, shared.parts, from, to};
-  // all lanes wait alike: else the compiler takes nothing in this kernel to be the same for a warp, which costs it an eleventh
-  while (__any_sync(~0u, load_acquire(p.counters + in_split * UNITS + unit) < shared.parts)) {
-  }
-#pragma unroll 1
-  for (; share.n < to; share.n += Share::AT_ONCE) {
-    float4 even[Share::AT_ONCE], odd[Share::AT_ONCE], sum[Share::AT_ONCE];
-    share.load(0, sum);
-    share.load(1, even);
-#pragma unroll 1
-    for (int part = 1; part < shared.parts; part += 2) {
-      share.load(part + 1, odd);
-      share.add(part, even, sum);
-      share.load(part + 2, even);
-      share.add(part + 1, odd, sum);
-    }
-#pragma unroll
-    for (int j = 0; j < Share::AT_ONCE; j++) {
-      const float sums[4] = {sum[j].x, sum[j].y, sum[j].z, sum[j].w};
-      if (share.n + j < to) rows.store(shared.tile.m_tile * TM + 8 * (share.n + j), sums, lane);
     }
   }
 }
