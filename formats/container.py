@@ -25,6 +25,7 @@ ALIGNMENT = 64
 PIECE_BYTES = 1 << 24
 _LENGTH_BYTES = 8
 _LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_FOUND = "a Git LFS pointer, not the file (`git lfs pull` fetches it)"
 _LARGEST_OFFSET = 10**18
 
 
@@ -48,6 +49,16 @@ class StoredTensor(TensorSpec):
 
     begin: int
     end: int
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file is what Git LFS leaves where it has not fetched one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 class Container:
@@ -76,14 +87,11 @@ class Container:
         if not self.path.is_file():
             raise FormatError("no such file", path=self.path, fix="check the path")
         try:
-            with self.path.open("rb") as file:  # safetensors calls every file that it cannot open a missing one
-                is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+            is_pointer = is_lfs_pointer(self.path)  # safetensors calls every file that it cannot open a missing one
         except OSError as error:
             raise FormatError(f"cannot be read ({error.strerror})", path=self.path, fix="check the file") from error
         if is_pointer:
-            raise FormatError(
-                "a Git LFS pointer, not the file (`git lfs pull` fetches it)", path=self.path, fix="fetch it"
-            )
+            raise FormatError(LFS_POINTER_FOUND, path=self.path, fix="fetch it")
         try:
             with safe_open(self.path, framework="np"):
                 pass

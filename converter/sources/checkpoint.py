@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...formats.container import PIECE_BYTES, Container, pieces_of
+from ...formats.container import LFS_POINTER_FOUND, PIECE_BYTES, Container, is_lfs_pointer, pieces_of
 from ...formats.dtypes import FLOAT_ENCODINGS, storage_dtype
 from ...formats.errors import FormatError, SourceError
 
@@ -90,11 +90,22 @@ class SafetensorsFile(WeightFile):
         return self._container.raw(name)
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse what Git LFS leaves where it has not fetched a file.
+
+    Raises:
+        SourceError: that is what ``path`` is.
+    """
+    if is_lfs_pointer(path):
+        raise SourceError(LFS_POINTER_FOUND, path=path, fix="fetch it")
+
+
 class TorchFile(WeightFile):
     """A torch .bin file, read with ``weights_only`` so that no pickled code runs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        refuse_lfs_pointer(path)
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises many types for damaged or unsafe pickles; all mean the same here

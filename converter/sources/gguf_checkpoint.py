@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...formats.errors import SourceError
-from .checkpoint import LICENCES, Asset, Checkpoint, SourceTensor, read_json
+from .checkpoint import LICENCES, Asset, Checkpoint, SourceTensor, read_json, refuse_lfs_pointer
 from .derived import Changes, Computed, DerivedCheckpoint
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -79,6 +79,7 @@ class _GgufFile(Checkpoint):
         from gguf import GGUFReader
 
         self.path, self.directory = path, path.parent
+        refuse_lfs_pointer(path)
         with _refusing(path):
             self._reader = GGUFReader(path)
         self._by_name = {tensor.name: tensor for tensor in self._reader.tensors}

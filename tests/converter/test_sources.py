@@ -14,6 +14,7 @@ from salr.formats.errors import SourceError
 import salr
 
 OPTIONS = salr.ConvertOptions(salr.ModuleOptions(0.5, 8), method="magnitude")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture
@@ -256,6 +257,13 @@ def test_a_truncated_bin_file_is_named(source, tmp_path):
     data = (source / "pytorch_model.bin").read_bytes()
     (source / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
     refused(source, tmp_path, "pytorch_model.bin: torch cannot load it safely")
+    (source / "pytorch_model.bin").write_bytes(LFS_POINTER)
+    refused(source, tmp_path, "pytorch_model.bin: a Git LFS pointer, not the file", "git lfs pull")
+
+
+def test_a_gguf_file_that_git_lfs_has_not_fetched_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(LFS_POINTER)
+    refused(tmp_path / "model.gguf", tmp_path, "model.gguf: a Git LFS pointer, not the file", "git lfs pull")
 
 
 def test_a_bin_tensor_named_as_the_headers_metadata_is_refused(source, tmp_path):
