@@ -54,6 +54,19 @@ def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch
     check_fused(weight(*shape), 24, batch)
 
 
+@pytest.mark.emulated(rank=[24, 80])
+@pytest.mark.parametrize("rank", [0, 24, 80, 256])
+def test_asynchronous_products_of_few_rows_are_as_exact_where_a_weight_is_small(rank, monkeypatch):
+    from salr.cuda import fused
+    from salr.cuda.compilation import ASYNC_CAPABILITY
+
+    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
+        pytest.skip("asynchronous products need compute capability 9.0")
+    monkeypatch.setattr(fused, "_FEW_ROUNDS", 0)  # else a tile without them takes less time
+    for batch in (17, 32):
+        check_fused(weight(1000, 712), rank, batch)
+
+
 @pytest.mark.emulated(sparsity=[0.0], batch=[1])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])

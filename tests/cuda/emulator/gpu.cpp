@@ -21,7 +21,7 @@
 namespace gpu {
 
 constexpr int MOST_BARRIERS = 16, MOST_AT_ONCE = 16, MOST_THREADS = 1024;
-constexpr double LIMIT_S = 300;
+constexpr double LIMIT_S = 300, STUCK_S = 20;  // of a launch, and without any thread of it getting on
 
 struct Warp {
   int arrived = 0, live = 0, site = 0;
@@ -64,7 +64,7 @@ struct Launch {
   void** arguments;
   void (*enter)(void**);
   std::vector<Cluster> clusters;
-  u32 next = 0;
+  u32 next = 0, moves = 0;  // moves: how often a thread block got on
   int failed = 0;
   double begin_s = now_s();
 };
@@ -282,7 +282,8 @@ static void run_block(Block& b, Launch& launch, u32 number, char* stacks) {
   begin(b, launch, number, stacks);
   std::vector<int> order(b.warps.size());
   for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
-  u32 idle = 0;
+  u32 idle = 0, moves = 0;
+  double moved_s = now_s();
   for (u32 pass = 0; b.live && !load(launch.failed); pass++) {
     b.moved = false;
     for (size_t i = order.size() - 1; i > 0; i--) std::swap(order[i], order[b.next_random() % (i + 1)]);
@@ -290,8 +291,12 @@ static void run_block(Block& b, Launch& launch, u32 number, char* stacks) {
       if (b.next_random() % 4) run_warp(b, warp);
     some_copies();
     idle = b.moved || !b.copies.empty() ? 0 : idle + 1;
+    if (!idle) add(launch.moves, 1u);
     if (idle) usleep(idle < 10 ? 10 * idle : 100);
-    if (pass % 256 == 0 && now_s() - launch.begin_s > LIMIT_S) complain("%d threads still wait after %g s", b.live, LIMIT_S);
+    if (pass % 256) continue;
+    if (now_s() - launch.begin_s > LIMIT_S) complain("%d threads still wait after %g s", b.live, LIMIT_S);
+    if (moves != load(launch.moves)) moves = load(launch.moves), moved_s = now_s();
+    if (idle && now_s() - moved_s > STUCK_S) complain("%d threads wait for what does not come", b.live);
   }
   store(b.cluster_of->base[number % launch.cluster], (u8*)nullptr);
   if (!load(launch.failed) && !b.copies.empty()) complain("a copy to shared memory outlives its thread block");
