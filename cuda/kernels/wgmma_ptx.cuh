@@ -34,9 +34,7 @@ DEVICE void wgmma_wait() {
 
 // d (64 x 8*NT, float32, each warp 16 rows) += a (64 x 16) x^T
 DEVICE void wgmma(float (&d)[NT][4], const u32 (&a)[4], u64 x) {
-#if NT == 2
-  asm volatile(WGMMA("16", SUMS_8, "8", "9", "10", "11", "12") : FOUR(d, 0), FOUR(d, 1) : FROM(a, x));
-#elif NT == 4
+#if NT == 4
   asm volatile(WGMMA("32", SUMS_16, "16", "17", "18", "19", "20") : FOUR_TILES(d, 0) : FROM(a, x));
 #elif NT == 8
   asm volatile(WGMMA("64", SUMS_32, "32", "33", "34", "35", "36") : FOUR_TILES(d, 0), FOUR_TILES(d, 4) : FROM(a, x));
@@ -46,7 +44,7 @@ DEVICE void wgmma(float (&d)[NT][4], const u32 (&a)[4], u64 x) {
   asm volatile(WGMMA("256", SUMS_128, "128", "129", "130", "131", "132")
                : SIXTEEN_TILES(d, 0), SIXTEEN_TILES(d, 16) : FROM(a, x));
 #else
-#error "asynchronous products are written for NT 2, 4, 8, 16 and 32"
+#error "asynchronous products are written for NT 4, 8, 16 and 32"
 #endif
 }
 
