@@ -25,7 +25,6 @@ ALIGNMENT = 64
 PIECE_BYTES = 1 << 24
 _LENGTH_BYTES = 8
 _LFS_POINTER = b"version https://git-lfs"
-LFS_POINTER_FOUND = "a Git LFS pointer, not the file (`git lfs pull` fetches it)"
 _LARGEST_OFFSET = 10**18
 
 
@@ -51,14 +50,19 @@ class StoredTensor(TensorSpec):
     end: int
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Tell whether a file is what Git LFS leaves where it has not fetched one.
+def require_fetched(path: Path) -> None:
+    """Refuse a file that parsers would give a wrong reason for.
 
     Raises:
-        OSError: it cannot be read.
+        FormatError: it cannot be read, or is what Git LFS leaves where it has not fetched a file.
     """
-    with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", path=path, fix="check the file") from error
+    if is_pointer:
+        raise FormatError("a Git LFS pointer, not the file (`git lfs pull` fetches it)", path=path, fix="fetch it")
 
 
 class Container:
@@ -86,12 +90,7 @@ class Container:
     def _check_with_safetensors(self) -> None:
         if not self.path.is_file():
             raise FormatError("no such file", path=self.path, fix="check the path")
-        try:
-            is_pointer = is_lfs_pointer(self.path)  # safetensors calls every file that it cannot open a missing one
-        except OSError as error:
-            raise FormatError(f"cannot be read ({error.strerror})", path=self.path, fix="check the file") from error
-        if is_pointer:
-            raise FormatError(LFS_POINTER_FOUND, path=self.path, fix="fetch it")
+        require_fetched(self.path)  # safetensors calls every file that it cannot open a missing one
         try:
             with safe_open(self.path, framework="np"):
                 pass

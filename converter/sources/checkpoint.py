@@ -11,6 +11,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...formats.container import LFS_POINTER_FOUND, PIECE_BYTES, Container, is_lfs_pointer, pieces_of
+from ...formats.container import PIECE_BYTES, Container, pieces_of, require_fetched
 from ...formats.dtypes import FLOAT_ENCODINGS, storage_dtype
 from ...formats.errors import FormatError, SourceError
 
@@ -71,15 +72,22 @@ class WeightFile(ABC):
         """Return a tensor's bytes, memory-mapped."""
 
 
+@contextmanager
+def refusing_unreadable(path: Path) -> Iterator[None]:
+    """Say of a checkpoint's file what is wrong with a file."""
+    try:
+        yield
+    except FormatError as error:
+        raise SourceError(error.found, path=path, fix="download or save this checkpoint file again") from error
+
+
 class SafetensorsFile(WeightFile):
     """A .safetensors file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        try:
+        with refusing_unreadable(path):
             self._container = Container(path)
-        except FormatError as error:
-            raise SourceError(error.found, path=path, fix="download or save this checkpoint file again") from error
 
     def tensors(self) -> dict[str, SourceTensor]:  # noqa: D102 - as in the base class
         return {
@@ -90,22 +98,13 @@ class SafetensorsFile(WeightFile):
         return self._container.raw(name)
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse what Git LFS leaves where it has not fetched a file.
-
-    Raises:
-        SourceError: that is what ``path`` is.
-    """
-    if is_lfs_pointer(path):
-        raise SourceError(LFS_POINTER_FOUND, path=path, fix="fetch it")
-
-
 class TorchFile(WeightFile):
     """A torch .bin file, read with ``weights_only`` so that no pickled code runs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        refuse_lfs_pointer(path)
+        with refusing_unreadable(path):
+            require_fetched(path)
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises many types for damaged or unsafe pickles; all mean the same here

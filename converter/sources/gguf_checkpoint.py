@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...formats.container import require_fetched
 from ...formats.errors import SourceError
-from .checkpoint import LICENCES, Asset, Checkpoint, SourceTensor, read_json, refuse_lfs_pointer
+from .checkpoint import LICENCES, Asset, Checkpoint, SourceTensor, read_json, refusing_unreadable
 from .derived import Changes, Computed, DerivedCheckpoint
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -79,7 +80,8 @@ class _GgufFile(Checkpoint):
         from gguf import GGUFReader
 
         self.path, self.directory = path, path.parent
-        refuse_lfs_pointer(path)
+        with refusing_unreadable(path):
+            require_fetched(path)
         with _refusing(path):
             self._reader = GGUFReader(path)
         self._by_name = {tensor.name: tensor for tensor in self._reader.tensors}

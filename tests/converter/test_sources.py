@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +266,23 @@ def test_a_truncated_bin_file_is_named(source, tmp_path):
 def test_a_gguf_file_that_git_lfs_has_not_fetched_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(LFS_POINTER)
     refused(tmp_path / "model.gguf", tmp_path, "model.gguf: a Git LFS pointer, not the file", "git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_weights_that_may_not_be_read_are_refused_with_the_systems_reason(source, tmp_path, monkeypatch, name):
+    if name == "pytorch_model.bin":
+        to_bin(source)
+    (source / name).touch()
+    opened = Path.open
+
+    def denied(path, *arguments, **more):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", denied)
+    given = source / name if name == "model.gguf" else source
+    refused(given, tmp_path, f"{name}: cannot be read (Permission denied)", "download or save this checkpoint file")
 
 
 def test_a_bin_tensor_named_as_the_headers_metadata_is_refused(source, tmp_path):
