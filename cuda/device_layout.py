@@ -20,7 +20,8 @@ COLUMN_MULTIPLE = 128
 #: of x: what is copied at once
 _X_COLUMN_MULTIPLE = 8
 HEADER_BYTES, _BITMAP_BYTES, _SCALES_BYTES = 32, 128, 32
-_RESERVED_BYTES = 1024 + 512
+#: of shared memory, that a thread block takes beside what a launch asks for: CUDA's own, and barriers
+RESERVED_BYTES = 1024 + 512
 _DENSE_BYTES = {"dense16": 2048, "dense8": 1024, "dense4": 512}
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -210,7 +211,7 @@ def fixed_shared_bytes(encoding: str) -> int:
 
     CUDA's own and barriers; for 4-bit codes the table: each of 256 pairs of them once for each lane.
     """
-    return _RESERVED_BYTES + (256 * 128 if encoding == "dense4" else 0)
+    return RESERVED_BYTES + (256 * 128 if encoding == "dense4" else 0)
 
 
 def definitions(encoding: str, dtype: torch.dtype, **more: int) -> tuple[tuple[str, int], ...]:

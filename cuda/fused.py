@@ -84,7 +84,7 @@ def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: flo
     """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
     tiles = ASYNC_TILES if capability == ASYNC_CAPABILITY and encoding.endswith("16") else TILES
     tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
-    if not tile.ASYNC or tile.NT != SHORT_TILE.NT or rounds >= _FEW_ROUNDS:
+    if not tile.ASYNC or rounds >= _FEW_ROUNDS:
         return tile
     return SHORTEST_TILE if rounds < _FEWEST_ROUNDS else SHORT_TILE
 

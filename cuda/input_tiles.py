@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .compilation import function
-from .device_layout import SlabWeight, fixed_shared_bytes
+from .device_layout import RESERVED_BYTES, SlabWeight
 from .launching import Launch, address, fields, uncaptured
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
@@ -46,15 +46,9 @@ class TilesOfInput:
     """
 
     def __init__(self, weight: SlabWeight, adapters: Fragments | None, as_fragments: bool = False) -> None:
-        n_tiles = adapters.n_tiles if adapters else 0
-        self.ranks = n_tiles * RANKS_OF_TILE
-        of_adapters = addresses(adapters)
-        self._arguments = _Arguments(
-            lora_a=of_adapters["lora_a"], scaling=of_adapters["scaling"], n_columns=weight.x_columns,
-            n_slabs=weight.n_slabs, rank_tiles=n_tiles,
-        )  # fmt: skip
-        self._weight, self._as_fragments = weight, int(as_fragments)
-        self._launches: dict[tuple[int, ...], tuple[int, Launch]] = {}
+        self.ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
+        self._weight, self._of_adapters, self._as_fragments = weight, addresses(adapters), int(as_fragments)
+        self._launches: dict[tuple[int, ...], tuple[_Arguments, Launch]] = {}
 
     def __call__(
         self,
@@ -69,23 +63,22 @@ class TilesOfInput:
 
         ``counters``: int32, set to 0 for the launch that follows.
         """
-        arguments, batch = self._arguments, x.shape[0]
+        batch = x.shape[0]
         shape = next(shape for most, shape in _SHAPES if batch <= most)
         found = self._launches.get(shape)
         if found is None:
             with uncaptured(x.device):
                 found = self._launches[shape] = self._made(*shape)
-        arguments.stages, launch = found
-        arguments.stage_bytes = shape[-1] * _TILE_BYTES
+        arguments, launch = found
         arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
         arguments.batch, arguments.tile_rows = batch, tile_rows
         arguments.counters, arguments.n_counters = address(counters), 0 if counters is None else counters.numel()
         n_groups, shares = -(-batch // (_ROWS_OF_WARP * shape[1])), 2 if shape[-1] * RANKS_OF_TILE < self.ranks else 1
         launch.over(shape[0], n_groups, shares)(stream)
 
-    def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[int, Launch]:
-        """Return the stages of each ring, and the launch."""
-        weight, warps = self._weight, row_warps * k_warps
+    def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[_Arguments, Launch]:
+        """Return a launch and its arguments."""
+        weight, warps, stage_bytes = self._weight, row_warps * k_warps, rank_tiles * _TILE_BYTES
         most = -(-weight.n_slabs // (parts * k_warps))
         chosen = (
             ("HALF", int(weight.dtype == torch.float16)), ("PARTS", parts), ("ROW_WARPS", row_warps),
@@ -94,7 +87,11 @@ class TilesOfInput:
         handle = function("tiles_of_x.cu", "tiles_of_x", chosen, weight.slabs.device.index)
         properties: Any = torch.cuda.get_device_properties(weight.slabs.device)
         sum_bytes = warps * rank_tiles * _SUM_BYTES if self.ranks else 0
-        room = properties.shared_memory_per_block_optin - fixed_shared_bytes(weight.encoding) - sum_bytes
-        stages = min(most, _ALL_STAGES // k_warps, room // (k_warps * rank_tiles * _TILE_BYTES)) if self.ranks else 0
-        shared_bytes = k_warps * stages * rank_tiles * _TILE_BYTES + sum_bytes
-        return stages, Launch(handle, (1, 1, 1), 32 * warps, shared_bytes, [self._arguments])
+        room = properties.shared_memory_per_block_optin - RESERVED_BYTES - sum_bytes
+        stages = min(most, _ALL_STAGES // k_warps, room // (k_warps * stage_bytes)) if self.ranks else 0
+        arguments = _Arguments(
+            lora_a=self._of_adapters["lora_a"], scaling=self._of_adapters["scaling"], n_columns=weight.x_columns,
+            n_slabs=weight.n_slabs, rank_tiles=self.ranks // RANKS_OF_TILE, stages=stages, stage_bytes=stage_bytes,
+        )  # fmt: skip
+        shared_bytes = k_warps * stages * stage_bytes + sum_bytes
+        return arguments, Launch(handle, (1, 1, 1), 32 * warps, shared_bytes, [arguments])

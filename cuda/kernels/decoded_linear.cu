@@ -137,7 +137,7 @@ DEVICE void multiply_pair(const Opened& slab, int pair, u32 (&a)[2][4], Tiles& s
   wgmma_wait<1>();
 }
 
-// One slab; the next one is opened first, so that its prefix sums are made beside the decoding.
+// Slab after slab; where there is one group, the next one is opened first, so that its prefix sums are made beside the decoding.
 struct Slabs {
   const Arguments& p;
   Ring& ring;
@@ -148,12 +148,11 @@ struct Slabs {
   DEVICE void open(Opened& slab, bool is_there, u32 held) {
     slab.open(p, ring, is_there, held, unit_number, first_unit, lane);
   }
-  DEVICE void multiply(const Opened& now, Opened& next, bool has_next, u32 (&a)[2][2][4]) {
-    if (GROUPS == 1) open(next, has_next, now.stage);
-    multiply_pair(now, 0, a[0], sum, lane, table);
+  DEVICE void multiply(const Opened& slab, u32 (&a)[2][2][4]) {
+    multiply_pair(slab, 0, a[0], sum, lane, table);
     held.release(lane);
-    multiply_pair(now, 1, a[1], sum, lane, table);
-    held.bar = now.empty_bar;
+    multiply_pair(slab, 1, a[1], sum, lane, table);
+    held.bar = slab.empty_bar;
   }
   // `n` is even where there is one group.
   DEVICE void multiply_all(int n) {
@@ -162,16 +161,16 @@ struct Slabs {
     if (GROUPS > 1) {  // enough warps to wait for one another
       for (int i = 0; i < n; i++) {
         open(even, true, 0);
-        multiply(even, odd, false, a);
+        multiply(even, a);
       }
-      wgmma_wait<0>();
-      held.release(lane);
-      return;
-    }
-    open(even, true, 0);
-    for (int i = 0; i < n; i += 2) {
-      multiply(even, odd, true, a);
-      multiply(odd, even, i + 2 < n, a);
+    } else {
+      open(even, true, 0);
+      for (int i = 0; i < n; i += 2) {
+        open(odd, true, even.stage);
+        multiply(even, a);
+        open(even, i + 2 < n, odd.stage);
+        multiply(odd, a);
+      }
     }
     wgmma_wait<0>();
     held.release(lane);

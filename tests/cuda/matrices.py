@@ -30,6 +30,14 @@ def adapters(n_rows, n_columns, rank, dtype=torch.bfloat16):
     return Adapters((lora_a * 0.02).to(dtype), (lora_b * 0.02).to(dtype), torch.rand(rank, device=DEVICE) + 0.5)
 
 
+def skip_without_asynchronous_products() -> None:
+    """Skip a test where the device has none."""
+    from salr.cuda.compilation import ASYNC_CAPABILITY
+
+    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
+        pytest.skip("asynchronous products need compute capability 9.0")
+
+
 def exact(x: torch.Tensor, packed: PackedWeight, low_rank: Adapters | None, bias, dtype=torch.bfloat16) -> torch.Tensor:
     """Return the product in float64, of weights as a 16-bit model holds them."""
     dense = reference.dense(packed)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, weight
+from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, skip_without_asynchronous_products, weight
 
 pytestmark = pytest.mark.gpu
 
 
 def decoded(packed, low_rank, bias, dtype=torch.bfloat16):
-    from salr.cuda.compilation import ASYNC_CAPABILITY
     from salr.cuda.decoded import DecodedProduct
     from salr.cuda.device_layout import lay_out
     from salr.cuda.low_rank import fragments
 
-    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
-        pytest.skip("asynchronous products need compute capability 9.0")
+    skip_without_asynchronous_products()
     order = low_rank and fragments(low_rank, dtype)
     return DecodedProduct(lay_out(packed, dtype), order, bias)
 
@@ -72,6 +70,7 @@ def test_the_launch_before_gives_x_in_its_order_and_u(case):
     from salr.cuda.launching import stream_of
     from salr.cuda.low_rank import fragments
 
+    skip_without_asynchronous_products()
     batch, n_columns, rank = case
     low_rank = adapters(16, n_columns, rank) if rank else None
     slabs = lay_out(weight(16, n_columns), torch.bfloat16)
@@ -80,7 +79,7 @@ def test_the_launch_before_gives_x_in_its_order_and_u(case):
     x = torch.randn(batch, n_columns, device=DEVICE).bfloat16()
     tiles, u = x.new_empty(slabs.n_slabs, 8, batch, 8), x.new_empty(launch.ranks // 8, batch, 8)
     counters = torch.ones(5, dtype=torch.int32, device=DEVICE)
-    launch(x, batch, tiles, u, stream_of(x) if DEVICE != "cpu" else 0, counters)
+    launch(x, batch, tiles, u, stream_of(x), counters)
     wide = torch.nn.functional.pad(x, (0, slabs.padded_columns - n_columns)).view(batch, -1, 4, 4, 2, 2)
     assert torch.equal(tiles, wide.permute(1, 3, 4, 0, 2, 5).reshape(tiles.shape))
     assert not counters.any()

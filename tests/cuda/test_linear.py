@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salr.runtime import reference
-from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, weight
+from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, skip_without_asynchronous_products, weight
 
 pytestmark = pytest.mark.gpu
 BATCHES = [1, 2, 5, 8, 9, 16, 17, 32, 33, 64]
@@ -58,10 +58,8 @@ def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch
 @pytest.mark.parametrize("rank", [0, 24, 80, 256])
 def test_asynchronous_products_of_few_rows_are_as_exact_where_a_weight_is_small(rank, monkeypatch):
     from salr.cuda import fused
-    from salr.cuda.compilation import ASYNC_CAPABILITY
 
-    if torch.cuda.get_device_capability() != ASYNC_CAPABILITY:
-        pytest.skip("asynchronous products need compute capability 9.0")
+    skip_without_asynchronous_products()
     monkeypatch.setattr(fused, "_FEW_ROUNDS", 0)  # else a tile without them takes less time
     for batch in (17, 32):
         check_fused(weight(1000, 712), rank, batch)
