@@ -22,6 +22,7 @@ from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
 from .launching import ONE_AT_A_TIME, aligned, uncaptured
 from .low_rank import Fragments
+from .operations import add_norm
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 from .skinny import LARGEST_BATCH as LARGEST_SKINNY
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
@@ -91,6 +92,20 @@ class ProductByRows:
                     return self._decoded(x)
                 case _:
                     return self.expanded(x)
+
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + residual (M, K) and the product (M, N) of its RMSNorm times ``norm`` (K,), by one launch for few rows."""
+        weight, tensors = self.weight, [t for t in (x, residual, norm) if t is not None]
+        is_plain = weight.x_columns == weight.n_columns and all(
+            t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tensors
+        )
+        with ONE_AT_A_TIME:
+            if is_plain and self._kernel(x.shape[0]) == "skinny" and x.shape[0] <= self._skinny.most_normed_rows:
+                return self._skinny.after_norm(x, residual, norm, epsilon)
+        summed, normed = add_norm(x, residual, norm, epsilon)
+        return summed, self(normed)
 
     @functools.cached_property
     def _kernel(self) -> Callable[[int], str]:

@@ -166,6 +166,42 @@ def test_x_may_begin_anywhere_in_its_buffer(batch):
     assert error(expanded.multiply(x, expanded.decode()), exact(x, packed, low_rank, None)) < 5e-3
 
 
+@pytest.mark.emulated(shape=[(1000, 712)], batch=[1, 5])
+@pytest.mark.parametrize("shape", [(1000, 712), (512, 4104), (300, 8200), (256, 14336)])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
+def test_a_norm_in_the_products_own_launch_gives_the_bits_of_two_launches(shape, batch):
+    from salr.cuda.linear import PreparedProduct
+    from salr.cuda.operations import add_norm
+
+    n_rows, n_columns = shape
+    product = PreparedProduct(weight(*shape), adapters(*shape, 24), torch.randn(n_rows, device=DEVICE), torch.bfloat16)
+    norm = torch.randn(n_columns, device=DEVICE).bfloat16()
+    for residual in (torch.randn(batch, n_columns, device=DEVICE).bfloat16(), None):
+        x = torch.randn(batch, n_columns, device=DEVICE).bfloat16()
+        expected, normed = add_norm(x, residual, norm, 1e-5)
+        summed, y = product.after_norm(x, residual, norm, 1e-5)
+        assert torch.equal(summed, expected)
+        assert torch.equal(y, product(normed))
+
+
+@pytest.mark.emulated
+def test_a_norm_that_no_launch_takes_is_one_of_its_own():
+    from salr.cuda.linear import PreparedProduct
+    from salr.cuda.operations import add_norm
+
+    product, norm = (
+        PreparedProduct(weight(512, 256), None, None, torch.bfloat16),
+        torch.randn(256, device=DEVICE).bfloat16(),
+    )
+    for x in (
+        torch.randn(20, 256, device=DEVICE).bfloat16(),
+        torch.randn(513, device=DEVICE).bfloat16()[1:].view(2, 256),
+    ):
+        expected, normed = add_norm(x, x, norm, 1e-5)
+        summed, y = product.after_norm(x, x, norm, 1e-5)
+        assert torch.equal(summed, expected) and torch.equal(y, product(normed))
+
+
 def test_threads_take_turns():
     from concurrent.futures import ThreadPoolExecutor
 
