@@ -7,8 +7,8 @@ Dense is torch.nn.functional.linear in bfloat16, and for the shapes of --autotun
 fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights,
 more than the L2 cache holds, after a fifth of a second of the same, so that each side has the clocks that its own power
 leaves it; a figure is the median of the replays, in brackets the fastest and the slowest. "norms between" is the same
-chain with a residual add and RMSNorm of K columns before each layer, as in a model: by a kernel of ours before cuBLAS, and
-by the same kernel, or in the product's own launch where it has that, before ours.
+chain with a residual add and RMSNorm after each layer by the same kernel on both sides, as in a model: of as many columns as
+the smaller side of the layer has, which is the model's hidden size.
 Quantized values are timed up to 64 rows. "2:4" is bf16 with two of four kept, timed from 1024
 rows on, where sparse tensor cores multiply it. --peers adds torch's own dense kernels for 4-bit (groups of 128) and fp8
 weights, without bias and adapters: other bytes, other errors.
@@ -144,19 +144,22 @@ def peers_of(layer: Layer, x: torch.Tensor) -> dict[str, list[Call]]:
 
 
 def between(layer: Layer, shape: str, batch: int, x: torch.Tensor) -> list[dict[str, Any]]:
-    """Return the rows of the chain with a residual add and norm of x before each layer."""
-    residual, scale = torch.randn_like(x), torch.randn(layer.n_columns, device="cuda").bfloat16()
+    """Return the rows of the chain with a residual add and norm after each layer, by one kernel on both sides."""
+    hidden = min(layer.n_rows, layer.n_columns)
+    before, residual, scale = (
+        torch.randn(*rows, hidden, device="cuda").bfloat16() for rows in ((batch,), (batch,), ())
+    )
 
-    def after_norm(weight: torch.Tensor) -> torch.Tensor:
-        summed, normed = add_norm(x, residual, scale, 1e-5)
-        return torch.nn.functional.linear(normed, weight, layer.bias)
+    def then_norm(linear: Call) -> Call:
+        return lambda: (linear(), add_norm(before, residual, scale, 1e-5))
 
-    base = timed([lambda w=w: after_norm(w) for w in layer.dense])
+    dense = [then_norm(lambda w=w: torch.nn.functional.linear(x, w, layer.bias)) for w in layer.dense]
+    base = timed(dense)
     rows = [row(shape, batch, "dense, norms between", base, base[0])]
     for encoding, products in layer.products.items():
         if encoding == TWO_OF_FOUR:
             continue
-        time = timed([lambda p=p: p.after_norm(x, residual, scale, 1e-5) for p in products])
+        time = timed([then_norm(lambda p=p: p(x)) for p in products])
         rows.append(row(shape, batch, f"{encoding}, norms between", time, base[0]))
     return rows
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
-from .compilation import function
-from .device_layout import BLOCK_ROWS, definitions
+from .compilation import ASYNC_CAPABILITY, function
+from .device_layout import BLOCK_ROWS, SlabWeight, definitions
+from .input_tiles import TilesOfInput
 from .launching import Launch, stream_of
 from .low_rank import RANKS_OF_TILE, Fragments, LowRank, scaled_A
 
@@ -24,6 +26,10 @@ class Factors(Protocol):
 
     def write_B(self, first: int, wide: torch.Tensor) -> None:
         """Write rows of lora_B from ``first``, a multiple of 256, to the last columns of ``wide`` (rows, columns)."""
+        ...
+
+    def beside(self, weight: SlabWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what gives [x | 0 | u] (M, K padded + ranks) for x (M, x_columns) of a weight."""
         ...
 
 
@@ -42,6 +48,10 @@ class MatrixFactors:
         rows = self._b[first : first + len(wide)]
         wide[:, -rows.shape[1] :].copy_(rows)
 
+    def beside(self, weight: SlabWeight) -> Beside:
+        """Return what copies x and multiplies it by A."""
+        return Beside(self.scaled_A)
+
 
 class FragmentFactors:
     """Factors of fragments; of stacked layers, each row's ranks are its own layer's and 0 in the others'."""
@@ -56,6 +66,12 @@ class FragmentFactors:
         self._out.value = wide.data_ptr() + (columns - RANKS_OF_TILE * tiles) * wide.element_size()
         self._first.value, self._rows.value, self._pitch.value = first // BLOCK_ROWS, rows, columns
         self._launch.over(-(-rows // BLOCK_ROWS), tiles)(stream_of(wide))
+
+    def beside(self, weight: SlabWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what copies x and multiplies it by A: in one launch where there is one."""
+        if torch.cuda.get_device_capability(weight.slabs.device) != ASYNC_CAPABILITY:
+            return Beside(self.scaled_A)
+        return TilesOfInput(weight, self._fragments).beside
 
     @functools.cached_property
     def _launch(self) -> Launch:

@@ -1,9 +1,8 @@
 """One packed weight times any number of rows of x: which kernel multiplies how many.
 
-At most 8 rows (16 of small weights), and up to 32, or 64: weight, adapters and bias in one launch (skinny.py, from
-compute capability 9.0 on, and fused.py, where products are asynchronous after one that arranges x and makes u). From 33
-on, on compute capability 9.0: weights decoded into registers for asynchronous products (decoded.py). Many: the weight
-expanded to 16 bits, then cuBLAS (expanded.py).
+At most 8 rows (16 of small weights), and up to 64: weight, adapters and bias in one launch (skinny.py, from compute
+capability 9.0 on, and fused.py). From 33 on, 17 of large weights, on compute capability 9.0: weights decoded into
+registers for asynchronous products (decoded.py). Many: the weight expanded to 16 bits, then cuBLAS (expanded.py).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
 from .launching import ONE_AT_A_TIME, aligned, uncaptured
 from .low_rank import Fragments
-from .operations import add_norm
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 from .skinny import LARGEST_BATCH as LARGEST_SKINNY
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
@@ -38,8 +36,8 @@ _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
 #: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
 #: have fewer rounds than this: its fixed costs are what skinny saves
 _SURELY_SKINNY, _FEW_ROUNDS = 8, 5
-#: rows of x from which a weight may be decoded
-_FEWEST_DECODED = 33
+#: rows of x from which a weight may be decoded: fewer where a thread block of the fused product would have many rounds
+_FEWEST_DECODED, _FEWEST_OF_LARGE, _MANY_ROUNDS = 33, 17, 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Facts:
     """What decides which kernel is fastest: of a weight and its adapters, and of the GPU.
 
     ``most_skinny`` and ``most_decoded``: rows of x that the skinny and the decoding kernel take, 0 where they are not;
-    ``is_fused``: whether the fused kernel takes the adapters.
+    ``fewest_decoded``: from how many it may; ``is_fused``: whether the fused kernel takes the adapters.
     """
 
     n_row_blocks: int
@@ -55,6 +53,7 @@ class Facts:
     clusters: int
     most_skinny: int = 0
     most_decoded: int = 0
+    fewest_decoded: int = _FEWEST_DECODED
     is_fused: bool = True
     is_quantized: bool = False
 
@@ -93,20 +92,6 @@ class ProductByRows:
                 case _:
                     return self.expanded(x)
 
-    def after_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, epsilon: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + residual (M, K) and the product (M, N) of its RMSNorm times ``norm`` (K,), by one launch for few rows."""
-        weight, tensors = self.weight, [t for t in (x, residual, norm) if t is not None]
-        is_plain = weight.x_columns == weight.n_columns and all(
-            t.data_ptr() % 16 == 0 and t.is_contiguous() for t in tensors
-        )
-        with ONE_AT_A_TIME:
-            if is_plain and self._kernel(x.shape[0]) == "skinny" and x.shape[0] <= self._skinny.most_normed_rows:
-                return self._skinny.after_norm(x, residual, norm, epsilon)
-        summed, normed = add_norm(x, residual, norm, epsilon)
-        return summed, self(normed)
-
     @functools.cached_property
     def _kernel(self) -> Callable[[int], str]:
         return functools.cache(functools.partial(kernel_for, facts=self._facts()))
@@ -122,6 +107,7 @@ class ProductByRows:
             most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize
         return Facts(
             weight.n_row_blocks, weight.n_slabs, clusters_of(device), most_skinny, most_decoded,
+            fewest_decoded=_FEWEST_OF_LARGE if self._fused.rounds >= _MANY_ROUNDS else _FEWEST_DECODED,
             is_fused=self._has_kernels and self._fused.most_rows > 0,
             is_quantized=not weight.encoding.endswith("16"),
         )  # fmt: skip
@@ -142,7 +128,7 @@ def kernel_for(batch: int, facts: Facts) -> str:
     if 0 < batch <= facts.most_skinny:
         return "skinny"
     is_few = batch <= LARGEST_BATCH
-    may_decode = _FEWEST_DECODED <= batch <= facts.most_decoded
+    may_decode = facts.fewest_decoded <= batch <= facts.most_decoded
     n_weights = facts.n_row_blocks * facts.n_slabs * BLOCK_ROWS * SLAB_COLUMNS
     dense_us = max(2 * n_weights / _BYTES, 2 * batch * n_weights / _OPERATIONS)
     fused_us = _FUSED_US + n_weights * (_FUSED_QUANTIZED_US if facts.is_quantized else _FUSED_WEIGHT_US)

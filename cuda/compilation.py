@@ -35,6 +35,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     )
 }
 LEAST_CAPABILITY = (8, 0)
+_ALL_SHARED = 100  # percent
 _LEAST_OVERLAPPING = 90
 #: the one with asynchronous products (wgmma), compiled for as sm_90a
 ASYNC_CAPABILITY = (9, 0)
@@ -79,6 +80,7 @@ def function(file: str, name: str, definitions: tuple[tuple[str, int], ...], dev
         found = module(file, definitions, device).get_function(name)
         most = here.attributes["MaxSharedMemoryPerBlockOptin"]
         found.max_dynamic_shared_size_bytes = most - found.shared_size_bytes
+        found.preferred_shared_memory_carveout = _ALL_SHARED  # else a small kernel finds none left beside a product
         may_overlap = int(here.compute_capability) >= _LEAST_OVERLAPPING
         return Function(int(found.kernel.ptr), device, may_overlap)  # the pointer is that of the current device
 

@@ -1,4 +1,4 @@
-"""Products with 33 and more rows of x: weights are decoded into registers and multiplied there, never dense in memory.
+"""Products with many rows of x: weights are decoded into registers and multiplied there, never dense in memory.
 
 Invariant: a product is one launch for u and x's order and one for the product. Where the columns of W are split among
 thread blocks, sums are added in a fixed order: the same input gives the same bits; all thread blocks are resident then.
@@ -32,17 +32,17 @@ from .low_rank import Fragments, addresses
 _THREADS, _STEPS_BYTES, _EXCHANGED_BYTES = {1: 384, 2: 640}, 2 * 8 * 512, 8 * 4 * 512
 _FEWEST_STAGES, _MOST_STAGES = 3, 16
 #: NT of the shapes that are launched, 8 * NT rows of x a tile, and their GROUPS
-TILES_OF_ROWS = {8: 2, 16: 1, 32: 1}
+TILES_OF_ROWS = {4: 2, 8: 2, 16: 1, 32: 1}
 #: of clusters that split tiles, how many may be left out so that each has a part of one tile only
 _LEFT_OUT = 0.3
 # Microseconds, measured on an H100.
 #: the launch before: once, for a slab, and for a slab of a row of x
 _INPUT_US, _INPUT_SLAB_US, _INPUT_ROW_US = 4.0, 0.02, 1e-4
 #: by NT: a slab's products, and more for each tile of x that is on its way; what is done once, and for each tile
-_SLAB_US, _LATER_US, _MOST_LATER = {8: 0.455, 16: 0.655, 32: 0.8}, 0.015, 6
-_ONCE_US, _TILE_US = {8: 4.0, 16: 5.0, 32: 5.5}, 1.0
+_SLAB_US, _LATER_US, _MOST_LATER = {4: 0.45, 8: 0.455, 16: 0.655, 32: 0.8}, 0.015, 6
+_ONCE_US, _TILE_US = {4: 4.0, 8: 4.0, 16: 5.0, 32: 5.5}, 1.0
 #: by NT: tiles that are split, where clusters have a part of one tile, and of two
-_SPLIT_US = {8: (5.5, 12.0), 16: (6.0, 11.0), 32: (10.0, 20.0)}
+_SPLIT_US = {4: (5.5, 12.0), 8: (5.5, 12.0), 16: (6.0, 11.0), 32: (10.0, 20.0)}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .beside import Beside, Factors
+from .beside import Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import ONE_AT_A_TIME, Launch, aligned, is_capturing, stream_of
@@ -92,9 +93,9 @@ class ExpandedProduct:
         return Expansion(self.weight)
 
     @functools.cached_property
-    def _beside(self) -> Beside:
+    def _beside(self) -> Callable[[torch.Tensor], torch.Tensor]:
         assert self.factors is not None
-        return Beside(self.factors.scaled_A)
+        return self.factors.beside(self.weight)
 
     def _whole_in(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Expand the whole weight into a workspace and return what x is multiplied by; views are made once."""

@@ -1,23 +1,20 @@
 """The fused product for up to 64 rows of x: one launch for weight, adapters and bias.
 
-Where products are asynchronous one that arranges x and makes u comes before it. Invariant: the same input gives the
-same bits, whatever else runs. Each stream has its own counters and workspace, for graphs that were captured on one;
-launches of two streams must still not run at the same time (linear.py).
+Invariant: the same input gives the same bits, whatever else runs. Each stream has its own counters and workspace, for
+graphs that were captured on one; launches of two streams must still not run at the same time (linear.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from .compilation import ASYNC_CAPABILITY, Function, function
+from .compilation import Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
-from .input_tiles import TilesOfInput
 from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import Fragments, addresses
 from .schedule import Work, schedule, sharers
@@ -37,14 +34,12 @@ class Tile:
     """A compiled shape of the kernel: up to 8 * NT rows of x, WARPS consumer warps, SUB slabs a stage.
 
     GATHERERS: warps that gather u, as many as registers allow; with none, consumers do.
-    ASYNC: asynchronous products (sm_90a), x arranged for them and u made by a launch before.
     """
 
     NT: int
     WARPS: int
     SUB: int
     GATHERERS: int
-    ASYNC: int = 0
 
     @property
     def n_threads(self) -> int:
@@ -62,16 +57,14 @@ class Tile:
 
     def x_bytes(self, rows: int) -> int:
         """Return the shared memory of x in a stage."""
-        return rows * self.SUB * 128 if self.ASYNC else rows * (self.SUB * 128 + 16)
+        return rows * (self.SUB * 128 + 16)
 
 
 TILES = (Tile(1, 8, 2, 7), Tile(2, 8, 2, 7), Tile(4, 8, 2, 7), Tile(8, 8, 2, 3))
-#: more rows than 32 are decoded.py's where products are asynchronous
-ASYNC_TILES = (*TILES[:2], Tile(4, 16, 2, 0, 1), TILES[3])
-#: instead of the asynchronous one where a thread block has few rounds: no launch before it; and where it has fewest:
-#: those who multiply have nothing else to do when u comes
+#: 17 to 32 rows of 16-bit weights: more warps; and where a thread block has fewest rounds, those who multiply have
+#: nothing else to do when u comes
 SHORT_TILE, SHORTEST_TILE = Tile(4, 16, 2, 3), Tile(4, 16, 2, 0)
-_FEW_ROUNDS, _FEWEST_ROUNDS = 16, 8
+_WIDE_CAPABILITY, _FEWEST_ROUNDS = (9, 0), 8
 
 
 def rounds_of_block(weight: SlabWeight) -> float:
@@ -82,16 +75,15 @@ def rounds_of_block(weight: SlabWeight) -> float:
 
 def tile_for(batch: int, encoding: str, capability: tuple[int, int], rounds: float) -> Tile:
     """Return the tile for a number of rows of x; ``rounds`` are those of each thread block."""
-    tiles = ASYNC_TILES if capability == ASYNC_CAPABILITY and encoding.endswith("16") else TILES
-    tile = next(tile for tile in tiles if batch <= 8 * tile.NT)
-    if not tile.ASYNC or rounds >= _FEW_ROUNDS:
+    tile = next(tile for tile in TILES if batch <= 8 * tile.NT)
+    if tile.NT != SHORT_TILE.NT or capability != _WIDE_CAPABILITY or not encoding.endswith("16"):
         return tile
     return SHORTEST_TILE if rounds < _FEWEST_ROUNDS else SHORT_TILE
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
-        "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x u y partial u_partial counters",
+        "slabs slab_offsets lora_a lora_b scaling schedule sharers first_step bias x y partial u_partial counters",
         "n_rows n_columns batch wide slabs_per_block rank_tiles block_steps a_parts weight_bytes stage_bytes stages "
         "y_pitch",
     )
@@ -146,9 +138,7 @@ class FusedProduct:
             adapters.first_tile if adapters else torch.zeros(weight.n_row_blocks, dtype=torch.int32, device=self.device)
         )
         self._plans: dict[tuple[Tile, int], _Plan] = {}
-        self._launches: dict[
-            tuple[Tile, int, int], tuple[_Arguments, Launch, Callable[[torch.Tensor], None], tuple[torch.Tensor, ...]]
-        ] = {}
+        self._launches: dict[tuple[Tile, int, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Write the product of x (M, x_columns) to ``out`` (M, N), in x's dtype or float32, and return it.
@@ -176,15 +166,12 @@ class FusedProduct:
         if found is None:
             with uncaptured(self.device):
                 found = self._launches[key] = self._launch(*key)
-        arguments, launch, take, _ = found
-        take(x)
-        arguments.y, arguments.batch = out.data_ptr(), batch
+        arguments, launch, _ = found
+        arguments.x, arguments.y, arguments.batch = x.data_ptr(), out.data_ptr(), batch
         arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
         launch(stream)
 
-    def _launch(
-        self, tile: Tile, x_rows: int, stream: int
-    ) -> tuple[_Arguments, Launch, Callable[[torch.Tensor], None], tuple[torch.Tensor, ...]]:
+    def _launch(self, tile: Tile, x_rows: int, stream: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
         plan = self._plans.get((tile, x_rows))
         if plan is None:
             plan = self._plans[tile, x_rows] = self._plan(tile, x_rows)
@@ -205,17 +192,7 @@ class FusedProduct:
         launch = Launch(
             plan.function, (plan.n_blocks, 1, 1), tile.n_threads, plan.ring.shared_bytes, [arguments],
         )  # fmt: skip
-        take = self._tiles_of_input(arguments, tile, stream) if tile.ASYNC else functools.partial(_as_is, arguments)
-        return arguments, launch, take, (counters, u_partial, partial)
-
-    def _tiles_of_input(self, arguments: _Arguments, tile: Tile, stream: int) -> Callable[[torch.Tensor], None]:
-        """Return the launch before an asynchronous one, with what it gives in the arguments of that."""
-        weight, device, rows = self.weight, self.device, 8 * tile.NT
-        arranged = workspace(device, stream, "arranged", weight.padded_columns * rows // 2)
-        u = workspace(device, stream, "u", max(1, self._rank_tiles * tile.NT * 128))
-        arguments.x, arguments.u = arranged.data_ptr(), u.data_ptr()
-        launch = TilesOfInput(weight, self.adapters, as_fragments=True)
-        return lambda x: launch(x, rows, arranged, u, stream)
+        return arguments, launch, (counters, u_partial, partial)
 
     @functools.cached_property
     def most_rows(self) -> int:
@@ -228,7 +205,7 @@ class FusedProduct:
 
     def _ring(self, tile: Tile, x_rows: int) -> _Ring:
         weight = self.weight
-        of_a = 0 if tile.ASYNC else tile.SUB * self._rank_tiles * 2048
+        of_a = tile.SUB * self._rank_tiles * 2048
         of_b = min(self._block_steps, 2 * tile.SUB) * 8192
         weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
@@ -241,7 +218,7 @@ class FusedProduct:
     def _work(self, tile: Tile) -> Work:
         weight, chunk = self.weight, 2 * tile.SUB
         return Work(
-            n_a=weight.n_slabs // tile.SUB if self._rank_tiles and not tile.ASYNC else 0,
+            n_a=weight.n_slabs // tile.SUB if self._rank_tiles else 0,
             a_bytes=tile.SUB * self._rank_tiles * 2048 * _A_COST,
             n_row_blocks=weight.n_row_blocks,
             rounds_w=weight.n_slabs // tile.SUB,
@@ -266,7 +243,3 @@ class FusedProduct:
             partial_floats=n_blocks * 2 * 256 * 8 * tile.NT,
             u_partial_floats=max(4, 2 * a_parts * self._rank_tiles * tile.NT * 128),
         )
-
-
-def _as_is(arguments: _Arguments, x: torch.Tensor) -> None:
-    arguments.x = x.data_ptr()

@@ -1,4 +1,4 @@
-"""x and u = (x A^T) * scaling for asynchronous products: one launch before theirs.
+"""x and u = (x A^T) * scaling for products with many rows: one launch before theirs.
 
 Invariant: sums are added in a fixed order: the same input gives the same bits.
 """
@@ -13,7 +13,7 @@ import torch
 
 from .compilation import function
 from .device_layout import RESERVED_BYTES, SlabWeight
-from .launching import Launch, address, fields, uncaptured
+from .launching import Launch, address, fields, stream_of, uncaptured
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
 #: tiles_of_x.cu: ROWS, A_TILE_BYTES, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
@@ -31,23 +31,21 @@ _SHAPES = (
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
         "x lora_a scaling x_out u_out counters",
-        "batch n_columns tile_rows n_slabs rank_tiles n_counters stages stage_bytes",
+        "batch n_columns tile_rows n_slabs rank_tiles n_counters stages stage_bytes pitch",
     )
 
 
 class TilesOfInput:
-    """The launch that gives x and u in the order of asynchronous products, by tiles of rows.
+    """The launch that gives x and u in the order of asynchronous products, by tiles of rows, or side by side.
 
     Args:
         weight: what x is multiplied by.
         adapters: in fragment order, or None.
-        as_fragments: for one tile of at most 96 rows: u comes as fragments of two 16-bit floats a number, else rounded
-            once, in x's order.
     """
 
-    def __init__(self, weight: SlabWeight, adapters: Fragments | None, as_fragments: bool = False) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None) -> None:
         self.ranks = adapters.n_tiles * RANKS_OF_TILE if adapters else 0
-        self._weight, self._of_adapters, self._as_fragments = weight, addresses(adapters), int(as_fragments)
+        self._weight, self._of_adapters = weight, addresses(adapters)
         self._launches: dict[tuple[int, ...], tuple[_Arguments, Launch]] = {}
 
     def __call__(
@@ -63,26 +61,43 @@ class TilesOfInput:
 
         ``counters``: int32, set to 0 for the launch that follows.
         """
+        arguments, launch = self._prepared(x, by_rows=False)
+        arguments.x_out, arguments.u_out, arguments.tile_rows = x_out.data_ptr(), u_out.data_ptr(), tile_rows
+        arguments.counters, arguments.n_counters = address(counters), 0 if counters is None else counters.numel()
+        launch(stream)
+
+    def beside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [x | 0 | u] (M, K padded + ranks) for x (M, x_columns)."""
+        columns = self._weight.padded_columns
+        wide = x.new_empty(x.shape[0], columns + self.ranks)
+        arguments, launch = self._prepared(x, by_rows=True)
+        arguments.x_out, arguments.pitch = wide.data_ptr(), wide.shape[1]
+        arguments.u_out = wide.data_ptr() + columns * wide.element_size()
+        launch(stream_of(x))
+        return wide
+
+    def _prepared(self, x: torch.Tensor, by_rows: bool) -> tuple[_Arguments, Launch]:
+        """Return a launch for x with its arguments but for what it writes to."""
         batch = x.shape[0]
         shape = next(shape for most, shape in _SHAPES if batch <= most)
-        found = self._launches.get(shape)
+        found = self._launches.get((*shape, by_rows))
         if found is None:
             with uncaptured(x.device):
-                found = self._launches[shape] = self._made(*shape)
+                found = self._launches[(*shape, by_rows)] = self._made(*shape, by_rows)
         arguments, launch = found
-        arguments.x, arguments.x_out, arguments.u_out = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
-        arguments.batch, arguments.tile_rows = batch, tile_rows
-        arguments.counters, arguments.n_counters = address(counters), 0 if counters is None else counters.numel()
+        arguments.x, arguments.batch = x.data_ptr(), batch
         n_groups, shares = -(-batch // (_ROWS_OF_WARP * shape[1])), 2 if shape[-1] * RANKS_OF_TILE < self.ranks else 1
-        launch.over(shape[0], n_groups, shares)(stream)
+        return arguments, launch.over(shape[0], n_groups, shares)
 
-    def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[_Arguments, Launch]:
+    def _made(
+        self, parts: int, row_warps: int, k_warps: int, rank_tiles: int, by_rows: bool
+    ) -> tuple[_Arguments, Launch]:
         """Return a launch and its arguments."""
         weight, warps, stage_bytes = self._weight, row_warps * k_warps, rank_tiles * _TILE_BYTES
         most = -(-weight.n_slabs // (parts * k_warps))
         chosen = (
             ("HALF", int(weight.dtype == torch.float16)), ("PARTS", parts), ("ROW_WARPS", row_warps),
-            ("K_WARPS", k_warps), ("RANK_TILES", rank_tiles), ("AS_FRAGMENTS", self._as_fragments),
+            ("K_WARPS", k_warps), ("RANK_TILES", rank_tiles), ("BY_ROWS", int(by_rows)),
         )  # fmt: skip
         handle = function("tiles_of_x.cu", "tiles_of_x", chosen, weight.slabs.device.index)
         properties: Any = torch.cuda.get_device_properties(weight.slabs.device)

@@ -19,8 +19,10 @@ from .launching import Launch, address, aligned, fields, stream_of, uncaptured
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
 _LARGEST_GROUP = 8
-_NORM_THREADS = 512
-_MOST_CHUNKS = 8
+#: threads of a thread block that has a place beside a product (small.cuh); more for norms of more columns or rows than
+_SMALL_THREADS, _NORM_THREADS, _FEW_COLUMNS, _FEW_ROWS = 128, 512, 8192, 8
+#: columns of three rows of 16 bits that any GPU's shared memory has room for
+_MOST_COLUMNS = 16384
 _MOST_SPLITS = 64
 _SLOTS_A_SPLIT = 32
 _SHARED_BYTES = 32768
@@ -30,7 +32,7 @@ def reason_not_taken(hidden: int, intermediate: int, head_columns: int, group: i
     """Return why a model of these sizes has no kernels here, None where it has; ``group``: query heads a key head."""
     if dtype not in _DTYPES:
         return f"activations in {str(dtype).removeprefix('torch.')} (bfloat16 and float16 have kernels)"
-    if hidden % 8 or intermediate % 8 or hidden > 8 * _NORM_THREADS * _MOST_CHUNKS:
+    if hidden % 8 or intermediate % 8 or hidden > _MOST_COLUMNS:
         return f"sizes {hidden} and {intermediate} (multiples of 8 have kernels)"
     if head_columns not in _HEAD_COLUMNS:
         return f"heads of {head_columns} columns ({', '.join(map(str, _HEAD_COLUMNS))} have kernels)"
@@ -44,14 +46,14 @@ def add_norm(
     x, scale = aligned(x), aligned(weight)
     normed, n_columns = torch.empty_like(x), x.shape[-1]
     summed = x if residual is None else torch.empty_like(x)
-    chunks = -(-n_columns // (8 * _NORM_THREADS))
     tensors = (x, None if residual is None else aligned(residual), scale, summed, normed)
     arguments = [*map(_pointer, tensors), ctypes.c_int(n_columns), ctypes.c_float(epsilon)]
-    grid = (x.numel() // n_columns, 1, 1)
+    rows = x.numel() // n_columns
     # The kernel reads weights early, and a copy of them may not be there yet.
     is_dependent = scale.data_ptr() == weight.data_ptr()
-    chosen = {"THREADS": _NORM_THREADS, "CHUNKS": chunks}
-    _launch("add_norm", x, chosen, grid, _NORM_THREADS, arguments, is_dependent=is_dependent)
+    threads = _SMALL_THREADS if n_columns <= _FEW_COLUMNS and rows <= _FEW_ROWS else _NORM_THREADS
+    shared_bytes = 3 * n_columns * x.element_size()
+    _launch("add_norm", x, {"THREADS": threads}, (rows, 1, 1), threads, arguments, shared_bytes, is_dependent)
     return summed, normed
 
 
@@ -61,7 +63,7 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     rows, n_columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, n_columns)
     arguments = [_pointer(gate_up), _pointer(y), ctypes.c_int(n_columns)]
-    _launch("gated", gate_up, {}, (rows, -(-n_columns // 2048), 1), 256, arguments)
+    _launch("gated", gate_up, {}, (rows, -(-n_columns // (8 * _SMALL_THREADS)), 1), _SMALL_THREADS, arguments)
     return y
 
 

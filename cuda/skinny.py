@@ -25,10 +25,6 @@ _MOST_DEPTH, _MOST_CHUNKS, _LEAST_CHUNK_SHIFT = 8, 16, 3
 _BARRIER_BYTES = 1 << 10
 _RING_BYTES = 80 << 10  # more is not faster
 _PARTS_OF_A = 8
-#: eight columns a lane, as add_norm.cu has them
-_COLUMNS_OF_WARP = 256
-#: units of eight columns of x that a lane normalises, each thread block for itself
-MOST_NORMED_UNITS = 4
 _LATE, _FEWER = 0.1, 16  # this part of the thread blocks starts late, and gets so many items fewer
 
 
@@ -59,10 +55,9 @@ def shares(n_items: int, n_blocks: int) -> dict[str, int]:
 
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
-        "slabs items lora_a lora_b scaling first_step bias x residual norm summed y partial u_partial counters",
+        "slabs items lora_a lora_b scaling first_step bias x y partial u_partial counters",
         "n_rows n_columns batch wide n_slabs rank_tiles block_steps a_parts item_bytes depth y_pitch x_shift "
         "share more first_late fewer",
-        "epsilon",
     )
 
 
@@ -96,7 +91,7 @@ class SkinnyProduct:
         self.weight, self.adapters, self.bias = weight, adapters, bias
         self.device = weight.slabs.device
         self._properties: Any = torch.cuda.get_device_properties(self.device)
-        self._launches: dict[tuple[int, int, bool], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
+        self._launches: dict[tuple[int, int], tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]] = {}
 
     @functools.cached_property
     def _items(self) -> tuple[torch.Tensor, int]:
@@ -137,56 +132,19 @@ class SkinnyProduct:
         """
         if not 0 < x.shape[0] <= self.most_rows:
             raise ValueError(f"{x.shape[0]} rows of x, of 1 to {self.most_rows}")
-        return self._multiplied(x, out, is_normed=False)
-
-    def after_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, epsilon: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + residual (M, K) and the product (M, N) of its RMSNorm, as ``operations.add_norm`` has both.
-
-        Args:
-            x: (M <= most_normed_rows, K), as ``residual`` in the weight's dtype, aligned and as wide as the weight.
-            residual: (M, K), or None for x alone.
-            norm: (K,): the RMSNorm's weight, in the same dtype, which no kernel still writes.
-            epsilon: the RMSNorm's.
-
-        Raises:
-            ValueError: M is 0 or more than ``most_normed_rows``.
-        """
-        if not 0 < x.shape[0] <= self.most_normed_rows:
-            raise ValueError(f"{x.shape[0]} rows of x, of 1 to {self.most_normed_rows}")
-        summed = x if residual is None else torch.empty_like(x)
-        arguments, _ = self._prepared(x, is_normed=True)
-        arguments.residual, arguments.norm, arguments.summed = address(residual), norm.data_ptr(), summed.data_ptr()
-        arguments.epsilon = epsilon
-        return summed, self._multiplied(x, None, is_normed=True)
-
-    @functools.cached_property
-    def most_normed_rows(self) -> int:
-        """The rows of x that each thread block normalises for itself: more take longer than a launch more."""
-        return min(self._most_rows(TILES[0]), MOST_NORMED_UNITS // self._norm_chunks)
-
-    @property
-    def _norm_chunks(self) -> int:
-        return -(-self.weight.padded_columns // (TILES[0].WARPS * _COLUMNS_OF_WARP))
-
-    def _multiplied(self, x: torch.Tensor, out: torch.Tensor | None, is_normed: bool) -> torch.Tensor:
-        arguments, launch = self._prepared(x, is_normed)
-        out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
-        arguments.x, arguments.y = x.data_ptr(), out.data_ptr()
-        arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
-        launch(stream_of(x))
-        return out
-
-    def _prepared(self, x: torch.Tensor, is_normed: bool) -> tuple[_Arguments, Launch]:
-        key = stream_of(x), x.shape[0], is_normed
+        key = stream_of(x), x.shape[0]
         found = self._launches.get(key)
         if found is None:
             with uncaptured(self.device):
                 found = self._launches[key] = self._launch(*key)
-        return found[:2]
+        arguments, launch, _ = found
+        out = x.new_empty(x.shape[0], self.weight.n_rows) if out is None else out
+        arguments.x, arguments.y = x.data_ptr(), out.data_ptr()
+        arguments.y_pitch, arguments.wide = out.stride(0), int(out.dtype == torch.float32)
+        launch(key[0])
+        return out
 
-    def _launch(self, stream: int, batch: int, is_normed: bool) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
+    def _launch(self, stream: int, batch: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
         weight, adapters = self.weight, self.adapters
         tile = next(tile for tile in TILES if batch <= self._most_rows(tile))
         items, item_bytes = self._items
@@ -205,11 +163,9 @@ class SkinnyProduct:
             u_partial=address(u_partial), counters=address(counters), n_rows=weight.n_rows,
             n_columns=weight.x_columns, batch=batch, n_slabs=weight.n_slabs, rank_tiles=n_tiles,
             block_steps=adapters.block_tiles if adapters else 0, a_parts=_PARTS_OF_A, item_bytes=item_bytes,
-            depth=depth, x_shift=weight.n_slabs.bit_length() if is_normed else _chunk_shift(weight.n_slabs),
-            **addresses(adapters), **shares(n_items, n_blocks),
+            depth=depth, x_shift=_chunk_shift(weight.n_slabs), **addresses(adapters), **shares(n_items, n_blocks),
         )  # fmt: skip
-        normed = {"NORM_CHUNKS": self._norm_chunks, "NORM_ROWS": batch} if is_normed else {}
-        options = definitions(weight.encoding, weight.dtype, **asdict(tile), **normed)
+        options = definitions(weight.encoding, weight.dtype, **asdict(tile))
         handle = function("skinny_linear.cu", "skinny_linear", options, self.device.index)
         shared_bytes = depth * slot_bytes + batch * self._x_bytes + self._fixed_bytes(tile)
         launch = Launch(handle, (n_blocks, 1, 1), (tile.WARPS + _FINISHERS) * 32, shared_bytes, [arguments])

@@ -1,7 +1,8 @@
 // Attention of one new token a sequence over a static cache, the GROUP query heads of a key head together.
 //
 // grid: (splits, key heads, sequences); block: WARPS warps; shared memory: [WARPS][GROUP][HEAD_COLUMNS] floats.
-// A split is a contiguous part of the slots in use; HEAD_COLUMNS / 8 lanes read a slot of k and of v, 16 bytes each.
+// A split is a contiguous part of the slots in use, LEAST_SHARE at least, so that few slots need no merging; HEAD_COLUMNS / 8
+// lanes read a slot of k and of v, 16 bytes each.
 // Softmax runs along (a maximum and a sum for each group of lanes), in float32; groups, warps and splits are merged in
 // a fixed order, the splits by whichever thread block ends last: the same bits every time.
 #include "rows.cuh"
@@ -18,7 +19,7 @@
 #define MOST_SPLITS 64
 
 constexpr int LANES = HEAD_COLUMNS / 8, SLOTS_AT_ONCE = WARPS * (32 / LANES), UNROLL = GROUP <= 4 ? 4 : 2;
-constexpr int N_THREADS = WARPS * 32, N_OUT = GROUP * HEAD_COLUMNS;
+constexpr int N_THREADS = WARPS * 32, N_OUT = GROUP * HEAD_COLUMNS, LEAST_SHARE = 2 * UNROLL * SLOTS_AT_ONCE;
 constexpr float LOWEST = -1e30f;
 
 struct Arguments {
@@ -104,18 +105,26 @@ DEVICE void attend_slots(Running& run, const Eight (&q)[GROUP], const uint4* k, 
   }
 }
 
-// The last thread block of a key head: all splits, in order, as y.
-DEVICE void merge_splits(const Arguments& p, size_t head, float (&weights)[MOST_SPLITS][GROUP]) {
-  const int splits = gridDim.x;
-  for (int i = threadIdx.x; i < GROUP; i += N_THREADS) {
-    float most = LOWEST, sum = 0.f;
-    const float* sums = p.sums + head * splits * GROUP * 2 + i * 2;
-    for (int s = 0; s < splits; s++) most = fmaxf(most, load_fresh(sums + s * GROUP * 2));
-    for (int s = 0; s < splits; s++) {
-      weights[s][i] = exp2f(load_fresh(sums + s * GROUP * 2) - most);
-      sum += weights[s][i] * load_fresh(sums + s * GROUP * 2 + 1);
+// The last thread block of a key head: all splits, in order, as y. A warp a query head weighs them, all at once.
+DEVICE void merge_splits(const Arguments& p, size_t head, int splits, float (&weights)[MOST_SPLITS][GROUP]) {
+  constexpr int A_LANE = MOST_SPLITS / 32;
+  const int lane = threadIdx.x & 31;
+  for (int g = threadIdx.x >> 5; g < GROUP; g += WARPS) {
+    float most_of[A_LANE], sum_of[A_LANE], most = LOWEST, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < A_LANE; i++) {
+      const float* from = p.sums + ((head * gridDim.x + lane + 32 * i) * GROUP + g) * 2;
+      const bool is_there = lane + 32 * i < splits;
+      most_of[i] = is_there ? load_fresh(from) : LOWEST, sum_of[i] = is_there ? load_fresh(from + 1) : 0.f;
+      most = fmaxf(most, most_of[i]);
     }
-    for (int s = 0; s < splits; s++) weights[s][i] /= sum;
+#pragma unroll
+    for (int d = 16; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+#pragma unroll
+    for (int i = 0; i < A_LANE; i++) sum += sum_of[i] * exp2f(most_of[i] - most);
+    sum = sum_of_warp(sum);
+#pragma unroll
+    for (int i = 0; i < A_LANE; i++) weights[lane + 32 * i][g] = exp2f(most_of[i] - most) / sum;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < N_OUT / 4; i += N_THREADS) {
@@ -123,7 +132,7 @@ DEVICE void merge_splits(const Arguments& p, size_t head, float (&weights)[MOST_
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
     for (int s = 0; s < splits; s++) {
-      const float4 part = load_fresh(p.partial + (head * splits + s) * (N_OUT / 4) + i);
+      const float4 part = load_fresh(p.partial + (head * gridDim.x + s) * (N_OUT / 4) + i);
       const float w = weights[s][g];
       y.x += w * part.x, y.y += w * part.y, y.z += w * part.z, y.w += w * part.w;
     }
@@ -141,8 +150,10 @@ extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_cons
   wait_for_previous_kernel();
   const int end = min(p.slots[blockIdx.z] + 1, p.capacity);
   const int begin = max(p.starts[blockIdx.z], p.window ? end - p.window : 0);
-  const int share = (end - begin + gridDim.x - 1) / gridDim.x;
+  const int share = max((end - begin + (int)gridDim.x - 1) / (int)gridDim.x, LEAST_SHARE);
+  const int splits = max((end - begin + share - 1) / share, 1);
   const int start = begin + blockIdx.x * share, stop = min(start + share, end);
+  if (blockIdx.x >= splits) return;
   Running run;
   Eight q[GROUP];
 #pragma unroll
@@ -177,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_cons
       const float factor = exp2f(most_of[w][g] - most);
       sum += factor * sum_of[w][g], y += factor * of_warps[w * N_OUT + i];
     }
-    if (gridDim.x == 1) {
+    if (splits == 1) {
       p.y[head * N_OUT + i] = (u16)pack2(y / sum, 0.f);
     } else {
       const size_t at = head * gridDim.x + blockIdx.x;
@@ -185,13 +196,13 @@ extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_cons
       if (i % HEAD_COLUMNS == 0) p.sums[(at * GROUP + g) * 2] = most, p.sums[(at * GROUP + g) * 2 + 1] = sum;
     }
   }
-  if (gridDim.x == 1) return;
+  if (splits == 1) return;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = add_release(p.counters + head, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) is_last = add_release(p.counters + head, 1) == splits - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) p.counters[head] = 0;
-  merge_splits(p, head, weights);
+  merge_splits(p, head, splits, weights);
 }

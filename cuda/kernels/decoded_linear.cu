@@ -24,7 +24,7 @@
 
 constexpr int CONSUMER_WARPS = GROUPS * HALF_UNITS;
 constexpr int THREADS = CONSUMER_WARPS * 32 + 128;
-constexpr int REGISTERS = GROUPS == 1 ? 224 : GROUPS == 2 ? 112 : 80, OF_PRODUCER = GROUPS == 1 ? 56 : GROUPS == 2 ? 32 : 24;
+constexpr int REGISTERS = GROUPS == 1 ? 224 : 112, OF_PRODUCER = GROUPS == 1 ? 56 : 32;
 constexpr int EXCHANGED = 4;  // tiles of eight rows that one group leaves to the other at a time
 constexpr u32 X_BYTES = 8 * CHUNK_BYTES;
 
@@ -195,24 +195,22 @@ DEVICE void multiply_b(const Arguments& p, Ring& ring, Tiles& sum, int steps, in
 
 DEVICE void consumers_meet() { some_meet<CONSUMER_WARPS * 32>(); }
 
-// The other groups' sums to the first, some at a time, so that the ring has room; `to` is this lane's place for its group.
+// The second group's sums to the first, some at a time, so that the ring has room; `to` is this lane's place.
 DEVICE void add_groups(Tiles& sum, u32 to, int group) {
-  constexpr u32 OF_GROUP = HALF_UNITS * EXCHANGED * 512;
   if (GROUPS == 1) return;
 #pragma unroll
   for (int first = 0; first < NT; first += EXCHANGED) {
     consumers_meet();  // what was left before has been read
-    if (group) {
+    if (group == 1) {
 #pragma unroll
       for (int n = 0; n < EXCHANGED; n++) sts128(to + n * 512, as_bits(as_float4(sum[first + n])));
     }
     consumers_meet();
-    if (group) continue;
+    if (group == 1) continue;
 #pragma unroll
-    for (int i = 0; i < (GROUPS - 1) * EXCHANGED; i++) {
-      const int n = first + i % EXCHANGED;
-      const float4 v = as_floats(lds128_now(to + i / EXCHANGED * OF_GROUP + i % EXCHANGED * 512));
-      sum[n][0] += v.x, sum[n][1] += v.y, sum[n][2] += v.z, sum[n][3] += v.w;
+    for (int n = 0; n < EXCHANGED; n++) {
+      const float4 v = as_floats(lds128_now(to + n * 512));
+      sum[first + n][0] += v.x, sum[first + n][1] += v.y, sum[first + n][2] += v.z, sum[first + n][3] += v.w;
     }
   }
 }
@@ -221,8 +219,7 @@ DEVICE void consume(const Arguments& p, Ring ring, int half, int warp, int lane,
   Held held;
   const int group = GROUPS == 1 ? 0 : warp / HALF_UNITS, of_group = warp % HALF_UNITS;
   const int first_unit = half * HALF_UNITS, unit = first_unit + of_group;
-  const int place = (max(group - 1, 0) * HALF_UNITS + of_group) * EXCHANGED;
-  const u32 exchanged = ring.memory + p.stages * p.stage_bytes + (place * 32 + lane) * 16;
+  const u32 exchanged = ring.memory + p.stages * p.stage_bytes + (of_group * EXCHANGED * 32 + lane) * 16;
   Kept kept{ring.memory + (of_group * NT * 32 + lane) * 16, -1, 0, 0};
   wait_for_previous_kernel();
   Tiles sum;

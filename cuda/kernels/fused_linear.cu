@@ -4,16 +4,13 @@
 // block: WARPS consumer warps, one producer, GATHERERS.
 // shared memory: `stages` stages of `stage_bytes` (weights, then x) in a ring (stream.cuh), then u.
 //
-// u = (x A^T) * scaling stands in shared memory as two 16-bit floats a number. Where products are asynchronous it is there
-// before. Else the first `a_parts` thread blocks begin with a part of A each, and the gatherers of a thread block that has
-// B rounds add all parts in order.
+// u = (x A^T) * scaling stands in shared memory as two 16-bit floats a number. The first `a_parts` thread blocks begin with a
+// part of A each, and the gatherers of a thread block that has B rounds add all parts in order.
 // A row block that several thread blocks share is summed from float32 partials, in thread-block order: the same bits
 // every time. Nothing is announced: a place for a sum is EMPTY until the sum is there, who needs it looks until it is, and
 // leaves the place empty (sums.cuh). All thread blocks are resident, and none waits with work left that others wait for.
+#include "small.cuh"
 #include "stream.cuh"
-#if ASYNC
-#include "wgmma.cuh"
-#endif
 
 constexpr int RT = UNITS / WARPS;  // units a warp
 constexpr int CONSUMERS = WARPS * 32;
@@ -42,32 +39,6 @@ DEVICE uint4 x_fragment(u32 x, int n, int slab, int pair) {
   return lds128(x + n * 8 * X_PITCH + slab * 128 + pair * 16);
 }
 
-#if ASYNC
-// SUB slabs of W times x, the stage's x beginning at `x`: while one pair of steps is multiplied, the next is decoded.
-DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
-  u32 a[2][2][4];
-  Unit unit;
-  const u32 place = x_place(x);
-#pragma unroll
-  for (int i = 0; i < 2 * SUB; i++) {
-    const int slab = i / 2, pair = i % 2;
-    if (pair == 0) {
-      if (slab) slab_address += 16 * lds16(slab_address);
-      unit.open(slab_address + 16 * (warp ? lds16(slab_address + 2 * warp) : 2), lane);
-    }
-    unit.fragments(pair, lane, a[pair], table);
-    wgmma_fence();
-    wgmma(total[0], a[pair][0], x_descriptor(place, slab * 8 + 4 * pair));
-    wgmma(total[0], a[pair][1], x_descriptor(place, slab * 8 + 4 * pair + 2));
-    wgmma_commit();
-    if (i + 1 < 2 * SUB)
-      wgmma_wait<1>();
-    else
-      wgmma_wait<0>();
-  }
-  wgmma_done(total[0]);
-}
-#else
 // SUB slabs of W times x.
 DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane, u32 table) {
 #pragma unroll
@@ -103,7 +74,6 @@ DEVICE void multiply_w(u32 slab_address, u32 x, Tiles& total, int warp, int lane
     slab_address += 16 * lds16(slab_address);
   }
 }
-#endif
 
 // SUB * 64 columns of A times x: warp w takes rank tiles w*RT ...
 DEVICE void multiply_a(const Arguments& p, u32 a_address, u32 x, Tiles& sum, int warp, int lane) {
@@ -185,24 +155,11 @@ DEVICE void gather_u(const Arguments& p, u32 u, int first_step, u32 launch, int 
   }
 }
 
-// Asynchronous products: u of a row block's ranks, which begin at `first_step`, by one thread.
-DEVICE void copy_u(const Arguments& p, const LowRank& low_rank, int first_step) {
-#if ASYNC
-  const u32 bytes = p.block_steps * NT * 512;
-  barrier_expect(low_rank.full, bytes);
-  bulk_copy(low_rank.u, p.u + (size_t)first_step * NT * 512, bytes, low_rank.full);
-#endif
-}
-
 // The u of another row block than before, where consumers see to it themselves.
-DEVICE void fetch_u(const Arguments& p, const LowRank& low_rank, int first_step, bool is_first, u32 launch, int warp, int lane) {
-  if (!ASYNC || !is_first) consumers_meet();  // the u before is needed no more
-  if (ASYNC) {
-    if (!is_first && warp == 0 && lane == 0) copy_u(p, low_rank, first_step);
-  } else {
-    gather_u(p, low_rank.u, first_step, launch, warp, WARPS, lane);
-    consumers_meet();
-  }
+DEVICE void fetch_u(const Arguments& p, const LowRank& low_rank, int first_step, u32 launch, int warp, int lane) {
+  consumers_meet();  // the u before is needed no more
+  gather_u(p, low_rank.u, first_step, launch, warp, WARPS, lane);
+  consumers_meet();
 }
 
 // Which u lies in shared memory, for consumers.
@@ -212,9 +169,9 @@ struct UInPlace {
   DEVICE void need(const Arguments& p, const LowRank& low_rank, int step, u32 launch, int warp, int lane) {
     if (step == first_step) return;
     if (GATHERERS && first_step >= 0) arrive_for_warp(low_rank.empty, lane);
-    if (!GATHERERS) fetch_u(p, low_rank, step, first_step < 0, launch, warp, lane);
+    if (!GATHERERS) fetch_u(p, low_rank, step, launch, warp, lane);
     first_step = step;
-    if (GATHERERS || ASYNC) barrier_wait(low_rank.full, phase), phase ^= 1;
+    if (GATHERERS) barrier_wait(low_rank.full, phase), phase ^= 1;
   }
 };
 
@@ -313,13 +270,11 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   prefetch_small(p, stream, warp * 32 + lane);
   const int2 first_sharers = p.sharers[stream.first_block()], last_sharers = p.sharers[stream.last_block()];
   wait_for_previous_kernel();
-  if (ASYNC && warp == 0 && lane == 0 && stream.first_with_b() <= stream.last_block())
-    copy_u(p, low_rank, p.first_step[stream.first_with_b()]);
-  const u32 launch = ASYNC ? 0 : load_fresh(p.counters + blockIdx.x);
+  const u32 launch = load_fresh(p.counters + blockIdx.x);
   const u32 x_offset = p.weight_bytes + (lane >> 2) * X_PITCH + (lane & 3) * 32;
   const bool has_row = NT > 1 || (lane >> 2) < p.batch;
   Tiles sum;
-  if (!ASYNC && stream.n_a) make_part_of_u(p, stream, ring, has_row, x_offset, launch, sum, warp, lane);
+  if (stream.n_a) make_part_of_u(p, stream, ring, has_row, x_offset, launch, sum, warp, lane);
   clear(sum);
   UInPlace u;
   for (int row_block = stream.first_block(); row_block <= stream.last_block(); row_block++) {
@@ -329,7 +284,7 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
       barrier_wait(ring.full_bar(), ring.phase);
       const u32 stage = ring.here(p);
       if (k < segment.last) {
-        multiply_w(stage, ASYNC ? stage + p.weight_bytes : has_row ? stage + x_offset : 0, sum, warp, lane, table);
+        multiply_w(stage, has_row ? stage + x_offset : 0, sum, warp, lane, table);
       } else {
         const int step = (k - segment.last) * CHUNK, steps = min(CHUNK, p.block_steps - step);
         multiply_b(stage, low_rank.u + step * NT * 512, steps, sum, warp, lane);
@@ -346,12 +301,11 @@ DEVICE void consume(const Arguments& p, const Stream& stream, Ring ring, const L
   if (!first.is_whole(stream)) finish_shared(p, first.row_block, first_sharers, warp, lane);
   if (last.row_block != first.row_block && !last.is_whole(stream))
     finish_shared(p, last.row_block, last_sharers, warp, lane);
-  if (ASYNC) return;
   consumers_meet();  // all have read the number of the launch
   if (warp == 0 && lane == 0) p.counters[blockIdx.x] = launch + 1;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __maxnreg__(REGISTERS_BESIDE_SMALL(THREADS)) fused_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ __align__(8) u64 full[MAX_STAGES], empty[MAX_STAGES], u_full, u_empty;
   __shared__ u32 table[TABLE_WORDS];
@@ -361,8 +315,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_linear(const __gr
       barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : 32);
       barrier_init(shared_address(empty + i), WARPS * ARRIVALS_OF_WARP);
     }
-    if (GATHERERS || ASYNC) {
-      barrier_init(shared_address(&u_full), ASYNC ? 1 : GATHERERS * ARRIVALS_OF_WARP);
+    if (GATHERERS) {
+      barrier_init(shared_address(&u_full), GATHERERS * ARRIVALS_OF_WARP);
       barrier_init(shared_address(&u_empty), WARPS * ARRIVALS_OF_WARP);
     }
     barrier_init_fence();

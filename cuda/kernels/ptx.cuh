@@ -77,9 +77,9 @@ DEVICE void wait_for_previous_kernel() {
 
 // ---- warps
 
-template <int N, int BARRIER = 1>  // N of the thread block's threads wait for each other
+template <int N>  // some of the thread block's warps wait for each other
 DEVICE void some_meet() {
-  asm volatile("bar.sync %1, %0;" ::"n"(N), "n"(BARRIER) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(N) : "memory");
 }
 // A warpgroup leaves registers to others, or takes some that were left (sm_90a).
 template <int N>
@@ -123,7 +123,6 @@ DEVICE uint4 lds128_now(u32 a) {  // of what was written a moment ago: stays in 
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a) : "memory");
   return v;
 }
-DEVICE void sts32(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 DEVICE void sts128(u32 a, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

@@ -22,9 +22,6 @@ struct Arguments {
   const int* first_step; // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;     // [N] or null
   const u8* x;           // [M, n_columns] 16-bit
-  const uint4* residual; // [M, n_columns], or null; where x is normed (skinny_x.cuh)
-  const uint4* norm;     // [n_columns]
-  uint4* summed;         // [M, n_columns]: x + residual
   void* y;               // [M, N] 16-bit, or float32 where `wide`
   float4* partial;       // [grid][2 units][NT][32 lanes], empty between launches
   float4* u_partial;     // [2][a_parts][rank_tiles][NT][32 lanes], in turns; empty at first
@@ -34,7 +31,6 @@ struct Arguments {
   int x_shift;                     // a chunk of x is 2^x_shift slabs
   int share, more;                 // items of a thread block, one more for the first `more`
   int first_late, fewer;           // from thread block `first_late` on `fewer` fewer
-  float epsilon;                   // of the norm
 };
 
 #include "sums.cuh"

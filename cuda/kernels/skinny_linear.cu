@@ -10,7 +10,7 @@
 // 2 us while the memory is busy. All thread blocks must be resident. Sums are added in a fixed order: the same bits every
 // time.
 #include "skinny_u.cuh"
-#include "skinny_x.cuh"
+#include "small.cuh"
 
 // A warp's items: where they are and their copies. Lane l knows item 32 * window + l, and that of the window after it.
 struct Feed {
@@ -106,11 +106,27 @@ DEVICE void deposit(const Arguments& p, const Run& run, const Shared& shared, Su
   arrive_for_warp(shared.sums_full + 8 * team, lane);
 }
 
+DEVICE int n_chunks(const Arguments& p) { return (p.n_slabs - 1 >> p.x_shift) + 1; }
+
+// A row of x by each of the first warps, in chunks of columns, a lane each, those that are needed first first.
+DEVICE void copy_x(const Arguments& p, const Run& run, const Shared& shared, int row, int lane) {
+  const int row_bytes = p.n_columns * 2;
+  const int turn = (run.begin - run.first_row * p.n_slabs >> p.x_shift) + lane;
+  const int chunk = turn < n_chunks(p) ? turn : turn - n_chunks(p), at = chunk * (SLAB_COLUMNS * 2 << p.x_shift);
+  const int bytes = min(SLAB_COLUMNS * 2 << p.x_shift, p.n_slabs * SLAB_COLUMNS * 2 - at), there = min(bytes, row_bytes - at);
+  const u32 bar = shared.x_full + 8 * chunk, to = shared.x(p) + row * Shared::x_pitch(p) + at;
+  wait_for_previous_kernel();
+  if (lane >= n_chunks(p)) return;
+  barrier_expect(bar, bytes);
+  bulk_copy(to, p.x + (size_t)row * row_bytes + at, there, bar);
+  if (there < bytes) bulk_copy(to + there, NO_COLUMNS, bytes - there, bar);
+}
+
 DEVICE void consume(const Arguments& p, const Run& run, const Shared& shared, int warp, int lane, u32 table) {
   Feed feed(p, run, warp, lane);
   for (int t = 0; t < p.depth; t++) feed.copy(p, shared, t, t, warp, lane);
   feed.read_all(p, lane);
-  take_x(p, run, shared, warp, lane);
+  for (int row = warp; row < p.batch; row += WARPS) copy_x(p, run, shared, row, lane);
   const u32 x = shared.x(p) + (lane >> 2) * Shared::x_pitch(p) + (lane & 3) * 32;
   Sums sum = {};
   int piece = 0, row_end = (run.first_row + 1) * p.n_slabs, slot = 0;
@@ -218,13 +234,13 @@ DEVICE void finish(const Arguments& p, const Run& run, const Shared& shared, int
   finish_rows(p, run, shared, late, first_step, team, tile, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_linear(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __maxnreg__(REGISTERS_BESIDE_SMALL(THREADS)) skinny_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ __align__(8) u64 full[MAX_DEPTH * WARPS], x_full[MAX_CHUNKS], sums_full[TEAMS], sums_empty[TEAMS], u_full, head_full;
   __shared__ u32 table[TABLE_WORDS], launch, head_sums;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   if (threadIdx.x < p.depth * WARPS) barrier_init(shared_address(full + threadIdx.x), 1);
-  if (threadIdx.x < MAX_CHUNKS) barrier_init(shared_address(x_full + threadIdx.x), arrivals_of_x(p));
+  if (threadIdx.x < MAX_CHUNKS) barrier_init(shared_address(x_full + threadIdx.x), p.batch);
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&u_full), FINISHERS * ARRIVALS_OF_WARP);
     barrier_init(shared_address(&head_full), WARPS * ARRIVALS_OF_WARP);

@@ -17,14 +17,10 @@
 #ifndef SUB
 #define SUB 2  // slabs a stage
 #endif
-#ifndef ASYNC
-#define ASYNC 0  // asynchronous products (sm_90a): tiles_of_x.cu has arranged x, one copy a stage, and made u
-#endif
 
 constexpr int CHUNK = 2 * SUB;                   // 16-rank steps of B a stage
 constexpr int X_BYTES = SUB * SLAB_COLUMNS * 2;  // of one row of x in a stage
 constexpr int X_PITCH = X_BYTES + 16;            // keeps eight lanes' 16-byte loads off each other's banks
-constexpr int X_ARRANGED_BYTES = X_BYTES * 8 * NT;
 
 struct Arguments {
   const u8* slabs;
@@ -36,8 +32,7 @@ struct Arguments {
   const int2* sharers;      // [row blocks] first and last thread block
   const int* first_step;    // [row blocks] where the row block's ranks begin in u, in steps of 16
   const float* bias;        // [N] or null
-  const u8* x;              // [M, n_columns] 16-bit; where ASYNC, as tiles_of_x leaves it
-  const u8* u;              // ASYNC: [steps of all ranks][NT][32 lanes] 16 B, as tiles_of_x leaves it
+  const u8* x;              // [M, n_columns] 16-bit
   void* y;                  // [M, N] 16-bit, or float32 where `wide`
   float4* partial;          // [grid][2][16 units][NT][32 lanes], empty between launches
   float4* u_partial;        // [2][a_parts][rank_tiles][NT][32 lanes], in turns; empty at first
@@ -61,8 +56,6 @@ struct Stream {
   DEVICE int size() const { return n_a + range.w - range.z; }
   DEVICE int first_block() const { return range.z / rounds; }
   DEVICE int last_block() const { return (range.w - 1) / rounds; }
-  // The first row block that begins here, if there are rounds of B: with those; else one behind the last.
-  DEVICE int first_with_b() const { return rounds_b ? (range.z + rounds - 1) / rounds : last_block() + 1; }
 };
 
 // A thread block's part of a row block: rounds of W first .. last, then those of B where it begins the row block.
@@ -133,8 +126,7 @@ struct Walk {
 DEVICE void copy_weights(const Arguments& p, const Ring& ring, const Item& item, int lane) {
 #if HAS_BULK_COPIES
   if (lane == 0) {
-    const u32 x_bytes = ASYNC ? X_ARRANGED_BYTES : p.batch * X_BYTES;
-    barrier_expect(ring.full_bar(), item.bytes + (item.column < 0 ? 0 : x_bytes));
+    barrier_expect(ring.full_bar(), item.bytes + (item.column < 0 ? 0 : p.batch * X_BYTES));
     bulk_copy(ring.here(p), item.weights, item.bytes, ring.full_bar());
   }
 #else
@@ -145,10 +137,8 @@ DEVICE void copy_weights(const Arguments& p, const Ring& ring, const Item& item,
 DEVICE void copy_x(const Arguments& p, const Ring& ring, int column, int lane) {
   const u32 to = ring.here(p) + p.weight_bytes;
   if (column >= 0) {
-    const u8* from = p.x + (size_t)column * 2 * (ASYNC ? 8 * NT : 1);
-#if ASYNC
-    if (lane == 0) bulk_copy(to, from, X_ARRANGED_BYTES, ring.full_bar());
-#elif HAS_BULK_COPIES
+    const u8* from = p.x + (size_t)column * 2;
+#if HAS_BULK_COPIES
     __syncwarp();
     const int there = min(X_BYTES, (p.n_columns - column) * 2);
     for (int m = lane; m < p.batch; m += 32) {

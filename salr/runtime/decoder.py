@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -17,14 +17,6 @@ from . import layer_operations
 Tensor = torch.Tensor
 Product = Callable[[Tensor], Tensor]
 _PROMPT_ROWS = 16384  # of activations at once
-
-
-@runtime_checkable
-class ProductAfterNorm(Protocol):
-    """A product that can take x from before the norm."""
-
-    def after_norm(self, x: Tensor, residual: Tensor | None, norm: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """Return x + residual (M, H) and the product of its RMSNorm times ``norm`` (H,), as ``add_norm`` makes both."""
 
 
 @dataclass(frozen=True)
@@ -138,26 +130,17 @@ def _layers(
     attend: Callable[[Tensor, Tensor, Tensor, int | None], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the last layer's output (M, H) and what is to be added to it."""
-    operations = decoder.operations
+    operations, epsilon = decoder.operations, decoder.epsilon
     x, residual = torch.nn.functional.embedding(tokens, decoder.embedding), None
     for layer, k, v in zip(decoder.layers, cache.k, cache.v, strict=True):
-        residual, qkv = _after_norm(decoder, x, residual, layer.input_norm, layer.qkv)
+        residual, x = operations.add_norm(x, residual, layer.input_norm, epsilon)
+        qkv = layer.qkv(x)
         q = operations.rotary(qkv, cache.cosines, cache.sines, k, v, slots, starts, layer.head_norms)
         x = layer.output(attend(q, k, v, layer.window))
-        residual, x = _after_norm(decoder, x, residual, layer.post_norm, layer.gate_up)
-        x = layer.down(operations.gated(x))
+        residual, x = operations.add_norm(x, residual, layer.post_norm, epsilon)
+        x = layer.down(operations.gated(layer.gate_up(x)))
     assert residual is not None
     return x, residual
-
-
-def _after_norm(
-    decoder: Decoder, x: Tensor, residual: Tensor | None, norm: Tensor, product: Product
-) -> tuple[Tensor, Tensor]:
-    """Return x + residual and the product of its norm, in one launch where the product has one."""
-    if isinstance(product, ProductAfterNorm):
-        return product.after_norm(x, residual, norm, decoder.epsilon)
-    summed, normed = decoder.operations.add_norm(x, residual, norm, decoder.epsilon)
-    return summed, product(normed)
 
 
 def _logits(decoder: Decoder, x: Tensor, residual: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ FLAGS = (
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 OWN_BYTES = 1 << 10  # that CUDA takes of each thread block's
 _KERNEL = re.compile(
-    r'extern "C" __global__ void\s+(?:__cluster_dims__\((\w+)[^)]*\)\s*)?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
+    r'extern "C" __global__ void\s+(?:__cluster_dims__\((\w+)[^)]*\)\s*)?'
+    r"(?:__\w+__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\("
 )
 _VARIABLES = re.compile(r"^\s*__shared__ (?:__align__\(\d+\) )?\w+ ([^;]+);", re.MULTILINE)
 _DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from salr.cuda.by_rows import Facts, kernel_for
 from salr.cuda.decoded import shape_for, split_among
-from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, SHORTEST_TILE, TILES, tile_for
+from salr.cuda.fused import SHORT_TILE, SHORTEST_TILE, TILES, tile_for
 
 H100_CLUSTERS = 66
 FACTS = Facts(16, 64, H100_CLUSTERS, most_skinny=8, most_decoded=sys.maxsize)
@@ -56,9 +56,14 @@ def test_small_weights_are_fused_up_to_64_rows(is_quantized):
     assert {kernel_for(batch, facts) for batch in range(1, 65)} == {"fused"}
 
 
+def test_weights_of_many_rounds_are_decoded_from_17_rows_on():
+    facts = replace(FACTS, n_row_blocks=112, fewest_decoded=17)
+    assert [kernel_for(batch, facts) for batch in (8, 16, 17, 32, 33)] == ["skinny", "fused", *["decoded"] * 3]
+
+
 def test_tiles_of_up_to_32_rows_change_with_a_thread_blocks_rounds():
-    hopper = [tile_for(32, "bitmap16", (9, 0), rounds) for rounds in (7.9, 8, 15, 16)]
-    assert hopper == [SHORTEST_TILE, SHORT_TILE, SHORT_TILE, ASYNC_TILES[2]]
+    hopper = [tile_for(32, "bitmap16", (9, 0), rounds) for rounds in (7.9, 8, 40)]
+    assert hopper == [SHORTEST_TILE, SHORT_TILE, SHORT_TILE]
     for older in (("bitmap16", (8, 0)), ("dense8", (9, 0))):
         assert [tile_for(batch, *older, 4) for batch in (1, 9, 17, 33)] == list(TILES)
 

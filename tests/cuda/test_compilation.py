@@ -15,7 +15,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from salr.cuda import compilation
 from salr.cuda.decoded import TILES_OF_ROWS
-from salr.cuda.fused import ASYNC_TILES, SHORT_TILE, SHORTEST_TILE, TILES
+from salr.cuda.fused import SHORT_TILE, SHORTEST_TILE, TILES
 from salr.cuda.skinny import TILES as SKINNY_TILES
 
 ELF = b"\x7fELF"
@@ -38,8 +38,8 @@ def test_a_kernel_compiles_for_its_targets(file):
 def test_the_fused_kernel_compiles_on_hopper(encoding):
     from salr.cuda.device_layout import definitions
 
-    tiles = (*ASYNC_TILES, SHORT_TILE, SHORTEST_TILE) if encoding == "bitmap16" else ENDS
-    in_float16 = ((tile, 1) for tile in tiles[1:3] if encoding == "bitmap16")  # a synchronous and an asynchronous one
+    tiles = (*TILES, SHORT_TILE, SHORTEST_TILE) if encoding == "bitmap16" else ENDS
+    in_float16 = ((tile, 1) for tile in tiles[1:2] if encoding == "bitmap16")
     fixed, both = definitions(encoding, torch.bfloat16), (*((tile, 0) for tile in tiles), *in_float16)
     chosen = ((*fixed, ("HALF", half), *tile.definitions) for tile, half in both)
     check_all_compile(("fused_linear.cu", each, "sm_90a") for each in chosen)
@@ -50,17 +50,16 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
     from salr.cuda.device_layout import definitions
 
     dtypes = (torch.bfloat16, torch.float16) if encoding == "bitmap16" else (torch.bfloat16,)
-    tiles = TILES_OF_ROWS if encoding == "bitmap16" else (8, 32)  # the one between needs less of everything
+    tiles = TILES_OF_ROWS if encoding == "bitmap16" else (8, 32)  # the others need less of everything
     chosen = (
         definitions(encoding, dtype, NT=nt, GROUPS=TILES_OF_ROWS[nt]) for nt, dtype in itertools.product(tiles, dtypes)
     )
     check_all_compile(("decoded_linear.cu", each, "sm_90a") for each in chosen)
 
 
-def test_the_launch_before_compiles_for_few_and_many_rows_and_both_orders_of_u():
+def test_the_launch_before_compiles_for_few_and_many_rows():
     chosen = [
-        (("ROW_WARPS", rows), ("K_WARPS", k), ("RANK_TILES", ranks), ("AS_FRAGMENTS", order))
-        for rows, k, ranks, order in ((1, 16, 2, 1), (1, 16, 2, 0), (2, 8, 4, 0))
+        (("ROW_WARPS", rows), ("K_WARPS", k), ("RANK_TILES", ranks)) for rows, k, ranks in ((1, 16, 2), (2, 8, 4))
     ]
     check_all_compile(("tiles_of_x.cu", each, "sm_90a") for each in chosen)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salr.runtime import reference
-from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, skip_without_asynchronous_products, weight
+from tests.cuda.matrices import DEVICE, SHAPES, adapters, error, exact, weight
 
 pytestmark = pytest.mark.gpu
 BATCHES = [1, 2, 5, 8, 9, 16, 17, 32, 33, 64]
@@ -52,17 +52,6 @@ def check_fused(packed, rank, batch, dtype=torch.bfloat16, tolerance=5e-5):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_fused_product_of_any_size_is_exact_to_float32_rounding(shape, batch):
     check_fused(weight(*shape), 24, batch)
-
-
-@pytest.mark.emulated(rank=[24, 80])
-@pytest.mark.parametrize("rank", [0, 24, 80, 256])
-def test_asynchronous_products_of_few_rows_are_as_exact_where_a_weight_is_small(rank, monkeypatch):
-    from salr.cuda import fused
-
-    skip_without_asynchronous_products()
-    monkeypatch.setattr(fused, "_FEW_ROUNDS", 0)  # else a tile without them takes less time
-    for batch in (17, 32):
-        check_fused(weight(1000, 712), rank, batch)
 
 
 @pytest.mark.emulated(sparsity=[0.0], batch=[1])
@@ -164,42 +153,6 @@ def test_x_may_begin_anywhere_in_its_buffer(batch):
     assert error(linear(x, packed, low_rank), exact(x, packed, low_rank, None)) < 5e-3
     expanded = prepare(packed, low_rank, None).product(x.device, x.dtype).expanded
     assert error(expanded.multiply(x, expanded.decode()), exact(x, packed, low_rank, None)) < 5e-3
-
-
-@pytest.mark.emulated(shape=[(1000, 712)], batch=[1, 5])
-@pytest.mark.parametrize("shape", [(1000, 712), (512, 4104), (300, 8200), (256, 14336)])
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
-def test_a_norm_in_the_products_own_launch_gives_the_bits_of_two_launches(shape, batch):
-    from salr.cuda.linear import PreparedProduct
-    from salr.cuda.operations import add_norm
-
-    n_rows, n_columns = shape
-    product = PreparedProduct(weight(*shape), adapters(*shape, 24), torch.randn(n_rows, device=DEVICE), torch.bfloat16)
-    norm = torch.randn(n_columns, device=DEVICE).bfloat16()
-    for residual in (torch.randn(batch, n_columns, device=DEVICE).bfloat16(), None):
-        x = torch.randn(batch, n_columns, device=DEVICE).bfloat16()
-        expected, normed = add_norm(x, residual, norm, 1e-5)
-        summed, y = product.after_norm(x, residual, norm, 1e-5)
-        assert torch.equal(summed, expected)
-        assert torch.equal(y, product(normed))
-
-
-@pytest.mark.emulated
-def test_a_norm_that_no_launch_takes_is_one_of_its_own():
-    from salr.cuda.linear import PreparedProduct
-    from salr.cuda.operations import add_norm
-
-    product, norm = (
-        PreparedProduct(weight(512, 256), None, None, torch.bfloat16),
-        torch.randn(256, device=DEVICE).bfloat16(),
-    )
-    for x in (
-        torch.randn(20, 256, device=DEVICE).bfloat16(),
-        torch.randn(513, device=DEVICE).bfloat16()[1:].view(2, 256),
-    ):
-        expected, normed = add_norm(x, x, norm, 1e-5)
-        summed, y = product.after_norm(x, x, norm, 1e-5)
-        assert torch.equal(summed, expected) and torch.equal(y, product(normed))
 
 
 def test_threads_take_turns():

@@ -16,6 +16,7 @@ typedef unsigned long long u64;
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __cluster_dims__(...)
 #define __shared__ static thread_local
 #define VARIABLE(name) gpu::variable(&name, sizeof name)  // behind each declaration of one in shared memory

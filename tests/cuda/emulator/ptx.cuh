@@ -54,7 +54,7 @@ inline void wait_for_previous_kernel() {}
 
 // ---- warps
 
-template <int N, int BARRIER = 1> void some_meet() { gpu::meet(BARRIER, N); }
+template <int N> void some_meet() { gpu::meet(1, N); }
 template <int N> void leave_registers() {}
 template <int N> void take_registers() {}
 inline u32 transposed(u32 v, int site = __builtin_LINE()) {
@@ -76,7 +76,6 @@ inline void lds16_where(u32 bits, int first, const u32 (&a)[4], u32 (&v)[4]) {
 }
 inline uint4 lds128(u32 a) { return *in_shared<uint4>(a); }
 inline uint4 lds128_now(u32 a) { return lds128(a); }
-inline void sts32(u32 a, u32 v) { *in_shared<u32>(a) = v; }
 inline void sts128(u32 a, uint4 v) { *in_shared<uint4>(a) = v; }
 // Asks again, so that whoever leaves what is looked for gets its turn.
 inline float4 load_fresh(const float4* p) {

@@ -1,0 +1,14 @@
+// Small kernels beside products: a product leaves SMALL_THREADS threads with SMALL_REGISTERS registers each free on its SM, so
+// that the small kernel behind it has begun, and waits, when it ends. An SM has four parts, of 16384 registers each, whose warps
+// take turns.
+#pragma once
+
+constexpr int SMALL_THREADS = 128, SMALL_REGISTERS = 32;
+constexpr int REGISTERS_OF_PART = 16384;
+
+// The registers of a thread of a product of so many threads, alone on its SM but for a small kernel: an eight of them.
+#define REGISTERS_BESIDE_SMALL(threads) \
+  ((REGISTERS_OF_PART - SMALL_THREADS / 4 * SMALL_REGISTERS) / (((threads) / 32 + 3) / 4 * 32) / 8 * 8)
+
+// Thread blocks of a small kernel that an SM is to hold: as many as have room with SMALL_REGISTERS each.
+#define BLOCKS_OF_SM(threads) ((threads) == SMALL_THREADS ? 4 * REGISTERS_OF_PART / (SMALL_THREADS * SMALL_REGISTERS) : 1)
