@@ -7,8 +7,8 @@ Dense is torch.nn.functional.linear in bfloat16, and for the shapes of --autotun
 fastest of them is what ours is divided by. Both run in replays of CUDA graphs that walk through copies of the weights,
 more than the L2 cache holds, after a fifth of a second of the same, so that each side has the clocks that its own power
 leaves it; a figure is the median of the replays, in brackets the fastest and the slowest. "norms between" is the same
-chain with a residual add and RMSNorm after each layer by the same kernel on both sides, as in a model: of as many columns as
-the smaller side of the layer has, which is the model's hidden size.
+chain with a residual add and RMSNorm after each layer, as in a model, by the same kernel on both sides: of as many
+columns as the smaller side of the layer has, which is a model's hidden size.
 Quantized values are timed up to 64 rows. "2:4" is bf16 with two of four kept, timed from 1024
 rows on, where sparse tensor cores multiply it. --peers adds torch's own dense kernels for 4-bit (groups of 128) and fp8
 weights, without bias and adapters: other bytes, other errors.

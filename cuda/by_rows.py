@@ -22,9 +22,8 @@ from .fused import LARGEST_BATCH, FusedProduct
 from .launching import ONE_AT_A_TIME, aligned, uncaptured
 from .low_rank import Fragments
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
-from .skinny import LARGEST_BATCH as LARGEST_SKINNY
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
-from .skinny import SkinnyProduct
+from .skinny import NARROW, SkinnyProduct
 
 # Measured on an H100; they choose on every GPU.
 #: an expanded product: what is done once, and to expand one weight, in microseconds
@@ -33,9 +32,9 @@ _EXPANDED_US, _EXPANSION_US = 13.0, 1.3e-6
 _BYTES, _OPERATIONS = 3e6, 8e8
 #: a fused product of 33 to 64 rows: what is done once, and a weight of 16 bits or a quantized one, in microseconds
 _FUSED_US, _FUSED_WEIGHT_US, _FUSED_QUANTIZED_US = 20.0, 0.48e-6, 0.8e-6
-#: rows of x that are skinny's however large the weight is; more only where a thread block of the fused product would
-#: have fewer rounds than this: its fixed costs are what skinny saves
-_SURELY_SKINNY, _FEW_ROUNDS = 8, 5
+#: rounds of the fused product: with fewer, more rows of x are skinny's, whose fixed costs are less; with more, and
+#: values of 16 bits, none are
+_FEW_ROUNDS, _MOST_ROUNDS = 5, 40
 #: rows of x from which a weight may be decoded: fewer where a thread block of the fused product would have many rounds
 _FEWEST_DECODED, _FEWEST_OF_LARGE, _MANY_ROUNDS = 33, 17, 16
 
@@ -101,8 +100,7 @@ class ProductByRows:
         capability = torch.cuda.get_device_capability(device)
         most_skinny = most_decoded = 0
         if self._has_kernels and capability >= LEAST_SKINNY:
-            fastest = LARGEST_SKINNY if self._fused.rounds < _FEW_ROUNDS else _SURELY_SKINNY
-            most_skinny = min(fastest, self._skinny.most_rows)
+            most_skinny = self._most_skinny()
         if self._has_kernels and capability == ASYNC_CAPABILITY:
             most_decoded = LEAST_ROWS - 1 if isinstance(self.expanded, SemiStructuredProduct) else sys.maxsize
         return Facts(
@@ -111,6 +109,12 @@ class ProductByRows:
             is_fused=self._has_kernels and self._fused.most_rows > 0,
             is_quantized=not weight.encoding.endswith("16"),
         )  # fmt: skip
+
+    def _most_skinny(self) -> int:
+        rounds = self._fused.rounds
+        if rounds >= _MOST_ROUNDS and self.weight.encoding.endswith("16"):
+            return 0
+        return self._skinny.most_rows if rounds < _FEW_ROUNDS else self._skinny.rows_of(NARROW)
 
     @functools.cached_property
     def _decoded(self) -> DecodedProduct:

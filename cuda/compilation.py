@@ -21,6 +21,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "decoded_linear.cu": ("sm_90a",),
     "tiles_of_x.cu": ("sm_90a",),
     "skinny_linear.cu": ("sm_90", "sm_90a", "sm_100"),
+    "add_norm_beside.cu": ("sm_90", "sm_90a", "sm_100"),
 } | {
     file: ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
     for file in (

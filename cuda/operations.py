@@ -19,10 +19,12 @@ from .launching import Launch, address, aligned, fields, stream_of, uncaptured
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_COLUMNS = (64, 128, 256)
 _LARGEST_GROUP = 8
-#: threads of a thread block that has a place beside a product (small.cuh); more for norms of more columns or rows than
-_SMALL_THREADS, _NORM_THREADS, _FEW_COLUMNS, _FEW_ROWS = 128, 512, 8192, 8
-#: columns of three rows of 16 bits that any GPU's shared memory has room for
-_MOST_COLUMNS = 16384
+_NORM_THREADS = 512
+_MOST_CHUNKS = 8
+#: small.cuh: threads of a thread block that has a place beside a product
+_SMALL_THREADS = 128
+#: what is normed beside products, which leave no room for more; from this compute capability on
+_FEW_ROWS, _FEW_COLUMNS, _BESIDE_CAPABILITY = 8, 8192, (9, 0)
 _MOST_SPLITS = 64
 _SLOTS_A_SPLIT = 32
 _SHARED_BYTES = 32768
@@ -32,7 +34,7 @@ def reason_not_taken(hidden: int, intermediate: int, head_columns: int, group: i
     """Return why a model of these sizes has no kernels here, None where it has; ``group``: query heads a key head."""
     if dtype not in _DTYPES:
         return f"activations in {str(dtype).removeprefix('torch.')} (bfloat16 and float16 have kernels)"
-    if hidden % 8 or intermediate % 8 or hidden > _MOST_COLUMNS:
+    if hidden % 8 or intermediate % 8 or hidden > 8 * _NORM_THREADS * _MOST_CHUNKS:
         return f"sizes {hidden} and {intermediate} (multiples of 8 have kernels)"
     if head_columns not in _HEAD_COLUMNS:
         return f"heads of {head_columns} columns ({', '.join(map(str, _HEAD_COLUMNS))} have kernels)"
@@ -51,10 +53,19 @@ def add_norm(
     rows = x.numel() // n_columns
     # The kernel reads weights early, and a copy of them may not be there yet.
     is_dependent = scale.data_ptr() == weight.data_ptr()
-    threads = _SMALL_THREADS if n_columns <= _FEW_COLUMNS and rows <= _FEW_ROWS else _NORM_THREADS
-    shared_bytes = 3 * n_columns * x.element_size()
-    _launch("add_norm", x, {"THREADS": threads}, (rows, 1, 1), threads, arguments, shared_bytes, is_dependent)
+    name, definitions, threads, shared_bytes = _norm(rows, n_columns, x.device.index)
+    _launch(name, x, definitions, (rows, 1, 1), threads, arguments, shared_bytes, is_dependent)
     return summed, normed
+
+
+@functools.cache
+def _norm(rows: int, n_columns: int, device: int) -> tuple[str, dict[str, int], int, int]:
+    """Return the kernel for a norm, its definitions, its threads and its shared memory."""
+    is_few = rows <= _FEW_ROWS and n_columns <= _FEW_COLUMNS
+    if is_few and torch.cuda.get_device_capability(device) >= _BESIDE_CAPABILITY:
+        return "add_norm_beside", {}, _SMALL_THREADS, 3 * 2 * n_columns
+    chosen = {"THREADS": _NORM_THREADS, "CHUNKS": -(-n_columns // (8 * _NORM_THREADS))}
+    return "add_norm", chosen, _NORM_THREADS, 0
 
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,7 @@ class Tile:
         return (self.WARPS * _SUMS_OF_PAIRS + _FINISHERS * self.NT) * 512
 
 
-TILES = (Tile(1, 16), Tile(2, 12))
-LARGEST_BATCH = 8 * TILES[-1].NT
+NARROW, WIDE = TILES = (Tile(1, 16), Tile(2, 12))
 
 
 class SkinnyProduct:
@@ -101,9 +100,10 @@ class SkinnyProduct:
     @functools.cached_property
     def most_rows(self) -> int:
         """The rows of x that fit into a thread block's shared memory beside two items of each warp; at most 16."""
-        return max(self._most_rows(tile) for tile in TILES)
+        return max(self.rows_of(tile) for tile in TILES)
 
-    def _most_rows(self, tile: Tile) -> int:
+    def rows_of(self, tile: Tile) -> int:
+        """Return the rows of x that a shape of the kernel takes."""
         return min(8 * tile.NT, (self._free_bytes(tile) - 2 * self._slot_bytes(tile)) // self._x_bytes)
 
     @property
@@ -146,7 +146,7 @@ class SkinnyProduct:
 
     def _launch(self, stream: int, batch: int) -> tuple[_Arguments, Launch, tuple[torch.Tensor, ...]]:
         weight, adapters = self.weight, self.adapters
-        tile = next(tile for tile in TILES if batch <= self._most_rows(tile))
+        tile = next(tile for tile in TILES if batch <= self.rows_of(tile))
         items, item_bytes = self._items
         n_items = items.shape[0] * items.shape[1]
         n_blocks = min(self._properties.multi_processor_count, n_items)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from random_model import Sizes
-from salr.cuda import beside, expanded, launching
+from salr.cuda import beside, expanded, input_tiles, launching
 from salr.cuda.compilation import Function
 from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments
@@ -117,10 +117,14 @@ def replaced_driver() -> Iterator[None]:
     gpu: Any = SimpleNamespace(
         shared_memory_per_multiprocessor=228 << 10, shared_memory_per_block_optin=227 << 10, multi_processor_count=132
     )
-    kernels = {"function": lambda *_: Function(1, 0), "definitions": lambda *_, **__: (), "stream_of": lambda _: 0}
-    cuda = {"get_device_properties": lambda _: gpu, "current_device": lambda: 0}
+    launches = {"function": lambda *_: Function(1, 0), "stream_of": lambda _: 0}
+    kernels = launches | {"definitions": lambda *_, **__: ()}
+    cuda = {
+        "get_device_properties": lambda _: gpu, "current_device": lambda: 0, "get_device_capability": lambda _: (9, 0)
+    }  # fmt: skip
+    modules = (beside, kernels), (expanded, kernels), (input_tiles, launches), (torch.cuda, cuda)
     with contextlib.ExitStack() as stack:
-        for module, replaced in ((beside, kernels), (expanded, kernels), (torch.cuda, cuda)):
+        for module, replaced in modules:
             stack.enter_context(mock.patch.multiple(module, **replaced))
         stack.enter_context(mock.patch.object(launching, "driver", lambda: driver))
         yield

@@ -19,7 +19,7 @@
 #define MOST_SPLITS 64
 
 constexpr int LANES = HEAD_COLUMNS / 8, SLOTS_AT_ONCE = WARPS * (32 / LANES), UNROLL = GROUP <= 4 ? 4 : 2;
-constexpr int N_THREADS = WARPS * 32, N_OUT = GROUP * HEAD_COLUMNS, LEAST_SHARE = 2 * UNROLL * SLOTS_AT_ONCE;
+constexpr int N_THREADS = WARPS * 32, N_OUT = GROUP * HEAD_COLUMNS, LEAST_SHARE = UNROLL * SLOTS_AT_ONCE;
 constexpr float LOWEST = -1e30f;
 
 struct Arguments {

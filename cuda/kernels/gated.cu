@@ -4,7 +4,7 @@
 #include "rows.cuh"
 #include "small.cuh"
 
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS, BLOCKS_OF_SM(SMALL_THREADS))
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, BLOCKS_OF_SM)
     gated(const uint4* gate_up,  // [M, 2 * n_columns] 16-bit
           uint4* y,              // [M, n_columns]
           int n_columns) {

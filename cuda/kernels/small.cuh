@@ -10,5 +10,5 @@ constexpr int REGISTERS_OF_PART = 16384;
 #define REGISTERS_BESIDE_SMALL(threads) \
   ((REGISTERS_OF_PART - SMALL_THREADS / 4 * SMALL_REGISTERS) / (((threads) / 32 + 3) / 4 * 32) / 8 * 8)
 
-// Thread blocks of a small kernel that an SM is to hold: as many as have room with SMALL_REGISTERS each.
-#define BLOCKS_OF_SM(threads) ((threads) == SMALL_THREADS ? 4 * REGISTERS_OF_PART / (SMALL_THREADS * SMALL_REGISTERS) : 1)
+// Thread blocks of a small kernel that an SM has room for.
+constexpr int BLOCKS_OF_SM = 4 * REGISTERS_OF_PART / (SMALL_THREADS * SMALL_REGISTERS);

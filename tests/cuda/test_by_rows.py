@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from salr.cuda.by_rows import Facts, kernel_for
+from salr.cuda.by_rows import Facts, ProductByRows, kernel_for
 from salr.cuda.decoded import shape_for, split_among
 from salr.cuda.fused import SHORT_TILE, SHORTEST_TILE, TILES, tile_for
+from salr.cuda.skinny import NARROW, WIDE
 
 H100_CLUSTERS = 66
 FACTS = Facts(16, 64, H100_CLUSTERS, most_skinny=8, most_decoded=sys.maxsize)
@@ -74,3 +76,16 @@ def test_tiles_of_up_to_32_rows_change_with_a_thread_blocks_rounds():
 )
 def test_split_tiles_are_shared_so_that_most_clusters_have_a_part_of_one(n_tiles, n_slabs, expected):
     assert split_among(n_tiles, n_slabs, H100_CLUSTERS) == expected
+
+
+@pytest.mark.parametrize(
+    ("rounds", "encoding", "expected"),
+    [(4.9, "bitmap16", 14), (5, "bitmap16", 6), (39, "bitmap16", 6), (40, "bitmap16", 0), (40, "dense8", 6)],
+)
+def test_skinny_products_are_of_few_rounds_and_of_the_narrow_shape(rounds, encoding, expected):
+    rows = {NARROW: 6, WIDE: 14}
+    product = ProductByRows.__new__(ProductByRows)
+    product.weight = SimpleNamespace(encoding=encoding)
+    product._fused = SimpleNamespace(rounds=rounds)
+    product._skinny = SimpleNamespace(most_rows=14, rows_of=rows.__getitem__)
+    assert product._most_skinny() == expected

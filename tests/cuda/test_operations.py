@@ -94,10 +94,10 @@ def close(got, expected, ulps=1):
 
 
 @pytest.mark.gpu
-@pytest.mark.emulated(hidden=[])
+@pytest.mark.emulated(hidden=[576], rows=[2, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [8, 576, 4096, 8192, 14336])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("rows", [1, 2, 9, 33])
 def test_add_norm_equals_llamas_own_modules(kernels, dtype, hidden, rows):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -214,13 +214,14 @@ def test_sizes_without_kernels_are_told(kernels, sizes, reason):
     assert found is None if reason is None else reason in found
 
 
-@pytest.mark.parametrize("file", ["add_norm.cu", "rotary.cu", "gated.cu", "attend.cu"])
+@pytest.mark.parametrize("file", ["add_norm.cu", "add_norm_beside.cu", "rotary.cu", "gated.cu", "attend.cu"])
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_shape_of_a_kernel_compiles_for_the_oldest_and_the_newest_target(kernels, file, half):
     from salr.cuda.compilation import TARGETS, cubin
 
     shapes = {
-        "add_norm.cu": [{"THREADS": 128}, {"THREADS": 512}],
+        "add_norm.cu": [{"CHUNKS": 1}, {"CHUNKS": 4}],
+        "add_norm_beside.cu": [{}],
         "rotary.cu": [{"HEAD_COLUMNS": d} for d in (64, 128, 256)],
         "gated.cu": [{}],
         "attend.cu": [
