@@ -125,7 +125,7 @@ class ProductByRows:
 def kernel_for(batch: int, facts: Facts) -> str:
     """Return skinny, fused, decoded or expanded: what is estimated fastest for ``batch`` rows of x.
 
-    Few rows are skinny's where it takes them; up to 64 others only fused, or, from 33 on, decoded.
+    Few rows are skinny's where it takes them; up to 64 others only fused, or, from ``fewest_decoded`` on, decoded.
     """
     if not facts.is_fused:
         return "expanded"
