@@ -140,21 +140,57 @@ DEVICE void merge_splits(const Arguments& p, size_t head, int splits, float (&we
   }
 }
 
-extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_constant__ Arguments p) {
-  extern __shared__ __align__(16) float of_warps[];  // [WARPS][GROUP][HEAD_COLUMNS]
-  __shared__ float most_of[WARPS][GROUP], sum_of[WARPS][GROUP], weights[MOST_SPLITS][GROUP];
-  __shared__ bool is_last;
-  let_next_kernel_start();
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = lane % LANES;
-  const size_t head = (size_t)blockIdx.z * p.n_kv_heads + blockIdx.y;
-  wait_for_previous_kernel();
-  const int end = min(p.slots[blockIdx.z] + 1, p.capacity);
-  const int begin = max(p.starts[blockIdx.z], p.window ? end - p.window : 0);
-  const int share = max((end - begin + (int)gridDim.x - 1) / (int)gridDim.x, LEAST_SHARE);
-  const int splits = max((end - begin + share - 1) / share, 1);
-  const int start = begin + blockIdx.x * share, stop = min(start + share, end);
-  if (blockIdx.x >= splits) return;
-  Running run;
+// This thread block's part of a sequence's slots in use.
+struct Slots {
+  int start, stop, splits;
+  DEVICE Slots(const Arguments& p) {
+    const int end = min(p.slots[blockIdx.z] + 1, p.capacity);
+    const int begin = max(p.starts[blockIdx.z], p.window ? end - p.window : 0);
+    const int share = max((end - begin + (int)gridDim.x - 1) / (int)gridDim.x, LEAST_SHARE);
+    splits = max((end - begin + share - 1) / share, 1);
+    start = begin + blockIdx.x * share, stop = min(start + share, end);
+  }
+};
+
+// What the warps have found, in shared memory.
+struct OfWarps {
+  float (&most)[WARPS][GROUP], (&sum)[WARPS][GROUP];
+  float* y;  // [WARPS][GROUP][HEAD_COLUMNS]
+
+  DEVICE void leave(const Running& run, int warp, int lane) const {
+    if (lane >= LANES) return;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      if (lane == 0) most[warp][g] = run.most[g], sum[warp][g] = run.sum[g];
+#pragma unroll
+      for (int i = 0; i < 8; i++) y[(warp * GROUP + g) * HEAD_COLUMNS + lane * 8 + i] = run.y[g].value[i];
+    }
+  }
+
+  // All warps' as one, in order: y where there is one split, else this split's part.
+  DEVICE void merge(const Arguments& p, size_t head, int splits) const {
+    for (int i = threadIdx.x; i < N_OUT; i += N_THREADS) {
+      const int g = i / HEAD_COLUMNS;
+      float of_all = LOWEST, total = 0.f, out = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) of_all = fmaxf(of_all, most[w][g]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float factor = exp2f(most[w][g] - of_all);
+        total += factor * sum[w][g], out += factor * y[w * N_OUT + i];
+      }
+      if (splits == 1) {
+        p.y[head * N_OUT + i] = (u16)pack2(out / total, 0.f);
+      } else {
+        const size_t at = head * gridDim.x + blockIdx.x;
+        ((float*)p.partial)[at * N_OUT + i] = out;
+        if (i % HEAD_COLUMNS == 0) p.sums[(at * GROUP + g) * 2] = of_all, p.sums[(at * GROUP + g) * 2 + 1] = total;
+      }
+    }
+  }
+};
+
+DEVICE void attend_all(const Arguments& p, Running& run, const Slots& slots, size_t head, int part) {
   Eight q[GROUP];
 #pragma unroll
   for (int g = 0; g < GROUP; g++) {
@@ -165,44 +201,35 @@ extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_cons
   }
   const uint4* k = p.k + head * p.capacity * LANES + part;
   const uint4* v = p.v + head * p.capacity * LANES + part;
-  for (int slot = start; slot < stop; slot += SLOTS_AT_ONCE * UNROLL)
-    attend_slots(run, q, k, v, slot + threadIdx.x / LANES, stop);
+  for (int slot = slots.start; slot < slots.stop; slot += SLOTS_AT_ONCE * UNROLL)
+    attend_slots(run, q, k, v, slot + threadIdx.x / LANES, slots.stop);
 #pragma unroll
   for (int d = LANES; d < 32; d <<= 1) merge_lanes(run, d);
-  if (lane < LANES) {
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      if (lane == 0) most_of[warp][g] = run.most[g], sum_of[warp][g] = run.sum[g];
-#pragma unroll
-      for (int i = 0; i < 8; i++) of_warps[(warp * GROUP + g) * HEAD_COLUMNS + part * 8 + i] = run.y[g].value[i];
-    }
-  }
+}
+
+extern "C" __global__ void __launch_bounds__(N_THREADS) attend(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(16) float of_warps[];  // [WARPS][GROUP][HEAD_COLUMNS]
+  __shared__ float most_of[WARPS][GROUP], sum_of[WARPS][GROUP], weights[MOST_SPLITS][GROUP];
+  __shared__ bool is_last;
+  let_next_kernel_start();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const size_t head = (size_t)blockIdx.z * p.n_kv_heads + blockIdx.y;
+  wait_for_previous_kernel();
+  const Slots slots(p);
+  if (blockIdx.x >= slots.splits) return;
+  Running run;
+  attend_all(p, run, slots, head, lane % LANES);
+  const OfWarps found{most_of, sum_of, of_warps};
+  found.leave(run, warp, lane);
   __syncthreads();
-  for (int i = threadIdx.x; i < N_OUT; i += N_THREADS) {
-    const int g = i / HEAD_COLUMNS;
-    float most = LOWEST, sum = 0.f, y = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) most = fmaxf(most, most_of[w][g]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float factor = exp2f(most_of[w][g] - most);
-      sum += factor * sum_of[w][g], y += factor * of_warps[w * N_OUT + i];
-    }
-    if (splits == 1) {
-      p.y[head * N_OUT + i] = (u16)pack2(y / sum, 0.f);
-    } else {
-      const size_t at = head * gridDim.x + blockIdx.x;
-      ((float*)p.partial)[at * N_OUT + i] = y;
-      if (i % HEAD_COLUMNS == 0) p.sums[(at * GROUP + g) * 2] = most, p.sums[(at * GROUP + g) * 2 + 1] = sum;
-    }
-  }
-  if (splits == 1) return;
+  found.merge(p, head, slots.splits);
+  if (slots.splits == 1) return;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = add_release(p.counters + head, 1) == splits - 1;
+  if (threadIdx.x == 0) is_last = add_release(p.counters + head, 1) == slots.splits - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) p.counters[head] = 0;
-  merge_splits(p, head, splits, weights);
+  merge_splits(p, head, slots.splits, weights);
 }

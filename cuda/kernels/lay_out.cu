@@ -47,62 +47,61 @@ DEVICE u32 stored_value(const Source& s, long long index) {
   return sign_magnitude(s.values[index]);
 }
 
-extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, const u32* slab_offsets,
-                                   const u16* headers /* [slabs][16] */) {
-  const int unit = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int row_block = blockIdx.x / s.n_slabs, slab = blockIdx.x % s.n_slabs;
-  u8* to_slab = slabs + (size_t)slab_offsets[blockIdx.x] * 16;
-  const u16* header = headers + (size_t)blockIdx.x * UNITS;
-  if (threadIdx.x < UNITS) ((u16*)to_slab)[threadIdx.x] = header[threadIdx.x];
-  u8* to = to_slab + 16 * (unit ? header[unit] : 2);
-  const int row = row_block * BLOCK_ROWS + unit * UNIT_ROWS;
-  if (HAS_SCALES && lane < UNIT_ROWS) {
-    const bool inside = row + lane < s.n_rows && slab * SLAB_COLUMNS < s.n_columns;
-    const u16 scale = inside ? s.scales[(size_t)(row + lane) * s.n_groups + slab / s.slabs_per_group] : (u16)0;
-    ((u16*)(to + BITMAP_BYTES))[lane] = scale;
-  }
-  u8* values = to + BITMAP_BYTES + SCALES_BYTES;
+// A lane's part of a unit of a slab: rows row, row + 8, of which some columns are kept, and where their values begin.
+struct Lane {
   u64 kept[2];
   long long first[2];
+  DEVICE Lane(const Source& s, int row, int slab) {
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int r = row + (lane >> 2) + 8 * h;
-    kept[h] = kept_columns(s.bitmap, r, slab, s.n_rows, s.n_columns);
-    if (r >= s.n_rows)
-      first[h] = 0;
-    else if (SOURCE_HAS_BITMAP)
-      first[h] = s.row_offsets[r] + s.before[(size_t)r * s.n_slabs + slab];
-    else
-      first[h] = (long long)r * s.n_columns + slab * SLAB_COLUMNS;
+    for (int h = 0; h < 2; h++) {
+      const int r = row + 8 * h;
+      kept[h] = kept_columns(s.bitmap, r, slab, s.n_rows, s.n_columns);
+      if (r >= s.n_rows)
+        first[h] = 0;
+      else if (SOURCE_HAS_BITMAP)
+        first[h] = s.row_offsets[r] + s.before[(size_t)r * s.n_slabs + slab];
+      else
+        first[h] = (long long)r * s.n_columns + slab * SLAB_COLUMNS;
+    }
   }
-  int written = 0;
-  u32 word = 0, codes = 0;
-#pragma unroll
-  for (int group = 0; group < 8; group++) {
-    const int column = 16 * (lane & 3) + 2 * group;
+  // The bits of a group's four weights, and the weights; what stands for 0 where a bit is not set.
+  DEVICE u32 group(const Source& s, int column, u32 (&weight)[4]) const {
     const u32 nibble = (u32)((kept[0] >> column) & 3) | (u32)((kept[1] >> column) & 3) << 2;
-    u32 weight[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const int h = j >> 1, c = column + (j & 1);
       const long long index = first[h] + __popcll(kept[h] & ((1ull << c) - 1));
       weight[j] = nibble >> j & 1 ? stored_value(s, index) : (ENCODING == DENSE4 ? 7u : 0u);
     }
-    if (HAS_BITMAP) {
-      word |= nibble << (8 * (group % 4) + 4 * (group / 4));
-      if (group == 7) ((u32*)to)[lane] = word;
-      u32 upto = __popc(nibble);
+    return nibble;
+  }
+};
+
+// Where a unit's values are written, group after group.
+struct Writing {
+  u8 *unit, *values;
+  int lane, written = 0;
+  u32 word = 0, codes = 0;
+  DEVICE Writing(u8* to, int lane) : unit(to), values(to + BITMAP_BYTES + SCALES_BYTES), lane(lane) {}
+
+  DEVICE void kept(int group, u32 nibble, const u32 (&weight)[4]) {
+    word |= nibble << (8 * (group % 4) + 4 * (group / 4));
+    if (group == 7) ((u32*)unit)[lane] = word;
+    u32 upto = __popc(nibble);
 #pragma unroll
-      for (int d = 1; d < 32; d <<= 1) {
-        const u32 v = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += v;
-      }
-      int at = written + upto - __popc(nibble);
+    for (int d = 1; d < 32; d <<= 1) {
+      const u32 v = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += v;
+    }
+    int at = written + upto - __popc(nibble);
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (nibble >> j & 1) ((u16*)values)[at++] = (u16)weight[j];
-      written += __shfl_sync(~0u, upto, 31);
-    } else if (ENCODING == DENSE16) {
+    for (int j = 0; j < 4; j++)
+      if (nibble >> j & 1) ((u16*)values)[at++] = (u16)weight[j];
+    written += __shfl_sync(~0u, upto, 31);
+  }
+
+  DEVICE void all(int group, const u32 (&weight)[4]) {
+    if (ENCODING == DENSE16) {
       u16* at = (u16*)values + (group / 2) * 256 + lane * 8 + (group % 2) * 4;
 #pragma unroll
       for (int j = 0; j < 4; j++) at[j] = (u16)weight[j];
@@ -118,5 +117,32 @@ extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, 
         codes = 0;
       }
     }
+  }
+};
+
+extern "C" __global__ void lay_out(const __grid_constant__ Source s, u8* slabs, const u32* slab_offsets,
+                                   const u16* headers /* [slabs][16] */) {
+  const int unit = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int row_block = blockIdx.x / s.n_slabs, slab = blockIdx.x % s.n_slabs;
+  u8* to_slab = slabs + (size_t)slab_offsets[blockIdx.x] * 16;
+  const u16* header = headers + (size_t)blockIdx.x * UNITS;
+  if (threadIdx.x < UNITS) ((u16*)to_slab)[threadIdx.x] = header[threadIdx.x];
+  u8* to = to_slab + 16 * (unit ? header[unit] : 2);
+  const int row = row_block * BLOCK_ROWS + unit * UNIT_ROWS;
+  if (HAS_SCALES && lane < UNIT_ROWS) {
+    const bool inside = row + lane < s.n_rows && slab * SLAB_COLUMNS < s.n_columns;
+    const u16 scale = inside ? s.scales[(size_t)(row + lane) * s.n_groups + slab / s.slabs_per_group] : (u16)0;
+    ((u16*)(to + BITMAP_BYTES))[lane] = scale;
+  }
+  const Lane own(s, row + (lane >> 2), slab);
+  Writing writing(to, lane);
+#pragma unroll
+  for (int group = 0; group < 8; group++) {
+    u32 weight[4];
+    const u32 nibble = own.group(s, 16 * (lane & 3) + 2 * group, weight);
+    if (HAS_BITMAP)
+      writing.kept(group, nibble, weight);
+    else
+      writing.all(group, weight);
   }
 }
