@@ -153,7 +153,8 @@ def emulation(capability: tuple[int, int] = (9, 0), n_sms: int = 6, seed: int = 
         for known in (backends.backend_for, backends._found):
             known.cache_clear()  # what was found out about this machine
             stack.callback(known.cache_clear)
-        for workspaces in (sums._known, expanded._known_buffers, operations._workspace, operations._splits):
-            workspaces.cache_clear()  # a launch that failed may leave them as no other may find them
-            stack.callback(workspaces.cache_clear)
+        choices = operations._splits, operations._norm
+        for found in (sums._known, expanded._known_buffers, operations._workspace, *choices):
+            found.cache_clear()  # a launch that failed may leave workspaces as no other may find them
+            stack.callback(found.cache_clear)
         yield

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from salr.cuda import compilation, expanded, fused, linear
+from salr.cuda import compilation, expanded, fused, linear, operations
 from salr.cuda.device_layout import lay_out
 from salr.cuda.fused import FusedProduct
 from salr.cuda.launching import Launch
@@ -38,6 +38,13 @@ def test_decoded_weights_give_the_same_bits_in_any_order_of_threads():
     x = torch.randn(40, 712).bfloat16()
     for cut in cuts(product, 40):
         assert len({bytes(product(x, cut).view(torch.uint8).numpy()) for _ in range(3)}) == 1
+
+
+@pytest.mark.emulated
+def test_norms_of_few_rows_give_the_same_bits_in_any_order_of_threads_and_copies():
+    x, residual, weight = (torch.randn(rows, 96).bfloat16() for rows in (3, 3, 1))
+    found = {bytes(operations.add_norm(x, residual, weight[0], 1e-5)[1].view(torch.uint8).numpy()) for _ in range(40)}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("encoding", "batch"), [("bf16", 1), ("nf4", 40)])

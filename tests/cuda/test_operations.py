@@ -149,11 +149,11 @@ def test_rotary_equals_its_twin_and_leaves_other_slots_alone(kernels, dtype, d, 
 
 
 @pytest.mark.gpu
-@pytest.mark.emulated(dtype=[torch.bfloat16], d=[64], sequences=[3], capacity=[300], heads=[14])
+@pytest.mark.emulated(dtype=[torch.bfloat16], d=[64], sequences=[1, 3], capacity=[300], heads=[14])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "heads", "kv"), [(128, 32, 8), (64, 14, 2), (128, 8, 8), (256, 8, 1), (64, 24, 8)])
 @pytest.mark.parametrize("sequences", [1, 3, 32])
-@pytest.mark.parametrize(("capacity", "window"), [(40, None), (300, None), (2048, None), (300, 17)])
+@pytest.mark.parametrize(("capacity", "window"), [(40, None), (300, None), (2048, None), (300, 17), (300, 100)])
 def test_attention_equals_float32_attention(kernels, dtype, d, heads, kv, sequences, capacity, window):
     torch.manual_seed(capacity + sequences)
     q = normal(sequences, heads, d, dtype=dtype, device=DEVICE)
