@@ -53,16 +53,16 @@ def add_norm(
     rows = x.numel() // n_columns
     # The kernel reads weights early, and a copy of them may not be there yet.
     is_dependent = scale.data_ptr() == weight.data_ptr()
-    name, definitions, threads, shared_bytes = _norm(rows, n_columns, x.device.index)
+    name, definitions, threads, shared_bytes = _norm(rows <= _FEW_ROWS, n_columns, x.device.index)
     _launch(name, x, definitions, (rows, 1, 1), threads, arguments, shared_bytes, is_dependent)
     return summed, normed
 
 
 @functools.cache
-def _norm(rows: int, n_columns: int, device: int) -> tuple[str, dict[str, int], int, int]:
-    """Return the kernel for a norm, its definitions, its threads and its shared memory."""
-    is_few = rows <= _FEW_ROWS and n_columns <= _FEW_COLUMNS
-    if is_few and torch.cuda.get_device_capability(device) >= _BESIDE_CAPABILITY:
+def _norm(is_few: bool, n_columns: int, device: int) -> tuple[str, dict[str, int], int, int]:
+    """Return the kernel for a norm of few rows or many, its definitions, its threads and its shared memory."""
+    is_small = is_few and n_columns <= _FEW_COLUMNS
+    if is_small and torch.cuda.get_device_capability(device) >= _BESIDE_CAPABILITY:
         return "add_norm_beside", {}, _SMALL_THREADS, 3 * 2 * n_columns
     chosen = {"THREADS": _NORM_THREADS, "CHUNKS": -(-n_columns // (8 * _NORM_THREADS))}
     return "add_norm", chosen, _NORM_THREADS, 0
