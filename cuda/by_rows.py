@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .beside import Factors
 from .compilation import ASYNC_CAPABILITY
 from .decoded import DecodedProduct, clusters_of, estimated_us
 from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, SlabWeight
 from .fused import LARGEST_BATCH, FusedProduct
 from .launching import ONE_AT_A_TIME, aligned, uncaptured
-from .low_rank import Fragments
+from .low_rank import Fragments, Matrices
 from .semi_structured import LEAST_ROWS, SemiStructuredProduct, many_rows
 from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
 from .skinny import NARROW, SkinnyProduct
@@ -62,20 +61,18 @@ class ProductByRows:
 
     Args:
         weight: the slabs.
-        order: the adapters in fragment order; None where there are none, or more ranks than the kernels take.
-        factors: the adapters for an expanded weight; None without.
+        adapters: in fragment order, or as matrices where they have more ranks than the kernels take; None without.
         bias: (N,), or None.
     """
 
-    def __init__(
-        self, weight: SlabWeight, order: Fragments | None, factors: Factors | None, bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | Matrices | None, bias: torch.Tensor | None) -> None:
+        order = adapters if isinstance(adapters, Fragments) else None
         self.weight, self._order = weight, order
-        self._has_kernels = order is not None or factors is None
+        self._has_kernels = order is adapters
         self._float_bias = None if bias is None else bias.float().contiguous()
         self._fused = FusedProduct(weight, order, self._float_bias)
         self._skinny = SkinnyProduct(weight, order, self._float_bias)
-        self.expanded = many_rows(weight, factors, bias)
+        self.expanded = many_rows(weight, adapters, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K) in its dtype."""

@@ -1,7 +1,7 @@
 """Products with many rows of x: the weight is expanded to 16 bits in parts, each multiplied by cuBLAS.
 
-Invariant: a product needs one dense workspace, a part of the weight at a time. B's columns stand beside W's, and u =
-A x beside x, or y is read and written once more where that is less than copying x.
+Invariant: a product needs one dense workspace, a part of the weight at a time. It holds W + scaling B A, rounded once
+to 16 bits, as a dense model does whose adapters were merged: nothing is left to be done beside cuBLAS's own product.
 
 Launches and the workspace belong to one thread at a time. A buffer that a graph captured lives as long as the product.
 
@@ -13,36 +13,35 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .beside import Factors
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
-from .launching import ONE_AT_A_TIME, Launch, aligned, is_capturing, stream_of
+from .launching import ONE_AT_A_TIME, Launch, address, aligned, fields, is_capturing, stream_of, uncaptured
+from .low_rank import Fragments, Matrices, addresses, scaled_A
 
-_PART_BYTES = 256 * 2**20
-_BLOCKS_PER_SM = 3
-_MOST_BUFFERS = 3  # slabs in shared memory: the next ones on their way
-_TILES_BYTES = 16 * 16 * 144
+_PART_BYTES = 512 * 2**20
+#: slabs that each multiprocessor has, from which on one thread block expands them, measured on an H100
+_LONG_RUN = 16
+#: expand.cu: slabs in shared memory, the next ones on their way; of a tile of ranks
+_MOST_BUFFERS, _A_TILE_BYTES, _B_TILE_BYTES = 4, 2048, 8192
 
 
 class ExpandedProduct:
-    """y = x W^T + adapters + bias for x (M, K) of any M, and the gradient of x.
+    """y = x (W + scaling B A)^T + bias for x (M, K) of any M, and the gradient of x.
 
-    A part of the weight is dense as [W | B], its rows' columns padded.
+    Args:
+        weight: the slabs.
+        adapters: in fragment order, or as matrices where they have more ranks than kernels take; None without.
+        bias: (N,), or None.
     """
 
-    def __init__(self, weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> None:
-        self.weight, self.factors = weight, factors
+    def __init__(self, weight: SlabWeight, adapters: Fragments | Matrices | None, bias: torch.Tensor | None) -> None:
+        self.weight, self.adapters = weight, adapters
         self._bias = None if bias is None else bias.to(weight.dtype)
-        self._n_columns = weight.padded_columns + (0 if factors is None else len(factors.scaled_A))
-        #: whether x is copied beside u: it is not where y is smaller than x
-        self._copies_x = factors is not None and weight.n_rows >= weight.padded_columns
         self._captured: list[torch.Tensor] = []
-        self._whole: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, x_columns), aligned, a part of the weight at a time."""
@@ -52,133 +51,121 @@ class ExpandedProduct:
             return self._by_parts(x)
 
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        n_rows, rows = self.weight.n_rows, _rows_of_part(self._n_columns, self.weight.n_row_blocks)
-        buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * self._n_columns)
+        n_rows, n_columns = self.weight.n_rows, self.weight.padded_columns
+        rows = min(n_rows, _rows_of_part(n_columns, self.weight.n_row_blocks))
+        buffer = _buffer(x.device, stream_of(x), self.weight.dtype, rows * n_columns)
         if is_capturing(x.device):
             self._captured.append(buffer)
-        if rows >= n_rows:
-            return self._multiply(self._sides(x), self._whole_in(buffer), self._bias)
-        sides, out = self._sides(x), x.new_empty(x.shape[0], n_rows)
+        dense = buffer[: rows * n_columns].view(rows, n_columns)
+        if rows == n_rows:
+            return self._multiply(x, self._expand(dense, 0), self._bias)
+        out = x.new_empty(x.shape[0], n_rows)
         for start in range(0, n_rows, rows):
             part = slice(start, min(start + rows, n_rows))
-            dense = self._expand(_matrix_in(buffer, part.stop - start, self._n_columns), start)
             bias = None if self._bias is None else self._bias[part]
-            self._multiply(sides, self._factors_of(dense), bias, out[:, part])
+            self._multiply(x, self._expand(dense[: part.stop - start], start), bias, out[:, part])
         return out
 
     def decode(self) -> torch.Tensor:
-        """Return [W | B] (N, K padded + R)."""
+        """Return W + scaling B A (N, K padded)."""
         weight = self.weight
         with ONE_AT_A_TIME:
-            return self._expand(weight.slabs.new_empty(weight.n_rows, self._n_columns, dtype=weight.dtype), 0)
+            return self._expand(weight.slabs.new_empty(weight.n_rows, weight.padded_columns, dtype=weight.dtype), 0)
 
     def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
         """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
-        x = aligned(self.weight.padded(x))
-        if decoded is None or not x.shape[0]:
-            return self(x)
-        with ONE_AT_A_TIME:
-            return self._multiply(self._sides(x), self._factors_of(decoded), self._bias)
+        x = self.weight.padded(x)
+        return self(aligned(x)) if decoded is None else self._multiply(x, decoded, self._bias)
 
     def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x (M, K) for that of y (M, N)."""
-        wide, columns, n_columns = gradient @ decoded, self.weight.padded_columns, self.weight.n_columns
-        if self.factors is not None:
-            of_x, of_u = wide.split_with_sizes((columns, wide.shape[1] - columns), 1)
-            wide = torch.addmm(of_x, of_u, self.factors.scaled_A)
+        wide, n_columns = gradient @ decoded, self.weight.n_columns
         return wide if wide.shape[1] == n_columns else wide[:, :n_columns]
 
     @functools.cached_property
     def _expansion(self) -> Expansion:
-        return Expansion(self.weight)
-
-    @functools.cached_property
-    def _beside(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        assert self.factors is not None
-        return self.factors.beside(self.weight)
-
-    def _whole_in(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Expand the whole weight into a workspace and return what x is multiplied by; views are made once."""
-        if self._whole is None or self._whole[0] is not buffer:
-            dense = _matrix_in(buffer, self.weight.n_rows, self._n_columns)
-            self._whole = buffer, dense, self._factors_of(dense)
-        self._expand(self._whole[1], 0)
-        return self._whole[2]
+        with uncaptured(self.weight.slabs.device):
+            return Expansion(self.weight, self.adapters if isinstance(self.adapters, Fragments) else None)
 
     def _expand(self, dense: torch.Tensor, start: int) -> torch.Tensor:
-        """Write [W | B] from row ``start``, a multiple of 256, to ``dense`` and return it."""
+        """Write rows of W + scaling B A from ``start``, a multiple of 256, to ``dense`` and return it."""
         self._expansion(dense, start)
-        if self.factors is not None:
-            self.factors.write_B(start, dense)
+        if isinstance(self.adapters, Matrices):
+            dense.addmm_(self.adapters.lora_B[start : start + len(dense)], self.adapters.scaled_A)
         return dense
 
-    def _factors_of(self, dense: torch.Tensor) -> list[torch.Tensor]:
-        """Return what ``_sides`` are multiplied by, of rows of [W | B]: all of them, or W and B."""
-        if self._copies_x:
-            return [dense.T]
-        of_x = dense[:, : self.weight.x_columns].T
-        return [of_x] if self.factors is None else [of_x, dense[:, self.weight.padded_columns :].T]
-
-    def _sides(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return [x | u] whole, or x and u where y is smaller than x."""
-        if self.factors is None:
-            return [x]
-        return [self._beside(x)] if self._copies_x else [x, x @ self.factors.scaled_A[:, : x.shape[1]].T]
-
     def _multiply(
-        self,
-        sides: list[torch.Tensor],
-        weights: list[torch.Tensor],
-        bias: torch.Tensor | None,
-        out: torch.Tensor | None = None,
+        self, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the sum of products and bias."""
-        y = (
-            torch.mm(sides[0], weights[0], out=out)
-            if bias is None
-            else torch.addmm(bias, sides[0], weights[0], out=out)
-        )
-        return y if len(sides) == 1 else y.addmm_(sides[1], weights[1])
+        weight = dense.T if x.shape[1] == dense.shape[1] else dense[:, : x.shape[1]].T
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = fields(
+        "slabs slab_offsets lora_a lora_b first_step dense",
+        "n_slabs first_block n_rows pitch buffers buffer_bytes a_at rank_tiles block_tiles",
+    )
 
 
 class Expansion:
-    """The launch that writes rows of a weight, dense, in 16 bits."""
+    """The launch that writes rows of a weight, its adapters merged, dense, in 16 bits."""
 
-    def __init__(self, weight: SlabWeight) -> None:
+    def __init__(self, weight: SlabWeight, adapters: Fragments | None = None) -> None:
         self._n_slabs, device = weight.n_slabs, weight.slabs.device.index
+        self._scaled_A = None if adapters is None else scaled_A(adapters)
+        tiles = adapters.block_tiles if adapters else 0
+        a_at = -(-weight.largest_slab_bytes // 128) * 128
+        buffer_bytes = a_at + tiles * _A_TILE_BYTES
         properties: Any = torch.cuda.get_device_properties(device)
-        buffer_bytes = -(-weight.largest_slab_bytes // 128) * 128
-        fixed = fixed_shared_bytes(weight.encoding)
-        room = (properties.shared_memory_per_block_optin - fixed - _TILES_BYTES) // buffer_bytes
-        buffers = max(1, min(room, _MOST_BUFFERS))
-        shared_bytes = buffers * buffer_bytes + _TILES_BYTES
-        all_bytes = shared_bytes + fixed
-        per_sm = max(1, min(_BLOCKS_PER_SM, properties.shared_memory_per_multiprocessor // all_bytes))
-        self._most_blocks = per_sm * properties.multi_processor_count
-        self._to, self._first, self._rows, self._pitch = ctypes.c_void_p(), *(ctypes.c_int() for _ in range(3))
-        arguments = [
-            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.slabs, weight.offsets)), self._to,
-            ctypes.c_int(weight.n_slabs), self._first, self._rows, self._pitch, ctypes.c_int(buffer_bytes),
-        ]  # fmt: skip
-        options = definitions(weight.encoding, weight.dtype, BUFFERS=buffers)
-        handle = function("expand.cu", "expand", options, device)
-        self._launch = Launch(handle, (1, 1, 1), 512, shared_bytes, arguments, is_dependent=False)
+        shape = _shape_for(weight, buffer_bytes, tiles * _B_TILE_BYTES, properties)
+        self._most_blocks = shape.blocks_per_sm * properties.multi_processor_count
+        known = addresses(adapters) | {"lora_a": address(self._scaled_A)}
+        self._arguments = _Arguments(
+            slabs=address(weight.slabs), slab_offsets=address(weight.offsets), n_slabs=weight.n_slabs,
+            buffers=shape.buffers, buffer_bytes=buffer_bytes, a_at=a_at,
+            rank_tiles=adapters.n_tiles if adapters else 0, block_tiles=tiles,
+            **{name: known[name] for name in ("lora_a", "lora_b", "first_step")},
+        )  # fmt: skip
+        chosen = {"BLOCKS_PER_SM": shape.blocks_per_sm, "B_IN_SHARED": int(shape.b_in_shared)}
+        handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype, **chosen), device)
+        shared_bytes = shape.buffers * buffer_bytes + shape.b_in_shared * tiles * _B_TILE_BYTES
+        self._launch = Launch(handle, (1, 1, 1), 512, shared_bytes, [self._arguments])
 
     def __call__(self, dense: torch.Tensor, first_row: int) -> None:
         """Write rows from ``first_row``, a multiple of 256, to ``dense`` (rows, pitch) with pitch >= K padded."""
-        rows = dense.shape[0]
-        self._to.value, self._first.value = dense.data_ptr(), first_row // BLOCK_ROWS
-        self._rows.value, self._pitch.value = rows, dense.stride(0)
+        arguments, rows = self._arguments, dense.shape[0]
+        arguments.dense, arguments.first_block = dense.data_ptr(), first_row // BLOCK_ROWS
+        arguments.n_rows, arguments.pitch = rows, dense.stride(0)
         n_slabs = -(-rows // BLOCK_ROWS) * self._n_slabs
         self._launch.over(min(n_slabs, self._most_blocks))(stream_of(dense))
 
 
+class _Shape(NamedTuple):
+    blocks_per_sm: int
+    b_in_shared: bool
+    buffers: int
+
+
+def _shape_for(weight: SlabWeight, buffer_bytes: int, b_bytes: int, properties: Any) -> _Shape:
+    """Return how many thread blocks share a multiprocessor, with two buffers each and, if that fits, B.
+
+    Two are faster where each has few slabs, or no B A to add; one where both would ask shared memory for too much.
+    """
+    fixed, n_slabs = fixed_shared_bytes(weight.encoding), weight.n_row_blocks * weight.n_slabs
+    is_short = not b_bytes or n_slabs < _LONG_RUN * properties.multi_processor_count
+    shapes = []
+    for b_in_shared in (True, False):
+        for blocks in (2, 1) if is_short else (1, 2):
+            room = properties.shared_memory_per_multiprocessor // blocks
+            room = min(room, properties.shared_memory_per_block_optin) - fixed - b_in_shared * b_bytes
+            shapes.append(_Shape(blocks, b_in_shared, min(room // buffer_bytes, _MOST_BUFFERS)))
+    return next((shape for shape in shapes if shape.buffers > 1), _Shape(1, False, 1))
+
+
 def _rows_of_part(n_columns: int, n_row_blocks: int) -> int:
-    return BLOCK_ROWS * max(1, min(n_row_blocks, _PART_BYTES // (n_columns * 2 * BLOCK_ROWS)))
-
-
-def _matrix_in(buffer: torch.Tensor, n_rows: int, n_columns: int) -> torch.Tensor:
-    return buffer[: n_rows * n_columns].view(n_rows, n_columns)
+    n_parts = -(-n_row_blocks * BLOCK_ROWS * n_columns * 2 // _PART_BYTES)
+    return BLOCK_ROWS * -(-n_row_blocks // min(n_parts, n_row_blocks))
 
 
 @functools.cache

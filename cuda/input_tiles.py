@@ -13,7 +13,7 @@ import torch
 
 from .compilation import function
 from .device_layout import RESERVED_BYTES, SlabWeight
-from .launching import Launch, address, fields, stream_of, uncaptured
+from .launching import Launch, address, fields, uncaptured
 from .low_rank import RANKS_OF_TILE, Fragments, addresses
 
 #: tiles_of_x.cu: ROWS, A_TILE_BYTES, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
@@ -31,12 +31,12 @@ _SHAPES = (
 class _Arguments(ctypes.Structure):
     _fields_ = fields(
         "x lora_a scaling x_out u_out counters",
-        "batch n_columns tile_rows n_slabs rank_tiles n_counters stages stage_bytes pitch",
+        "batch n_columns tile_rows n_slabs rank_tiles n_counters stages stage_bytes",
     )
 
 
 class TilesOfInput:
-    """The launch that gives x and u in the order of asynchronous products, by tiles of rows, or side by side.
+    """The launch that gives x and u in the order of asynchronous products, by tiles of rows.
 
     Args:
         weight: what x is multiplied by.
@@ -61,43 +61,31 @@ class TilesOfInput:
 
         ``counters``: int32, set to 0 for the launch that follows.
         """
-        arguments, launch = self._prepared(x, by_rows=False)
+        arguments, launch = self._prepared(x)
         arguments.x_out, arguments.u_out, arguments.tile_rows = x_out.data_ptr(), u_out.data_ptr(), tile_rows
         arguments.counters, arguments.n_counters = address(counters), 0 if counters is None else counters.numel()
         launch(stream)
 
-    def beside(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [x | 0 | u] (M, K padded + ranks) for x (M, x_columns)."""
-        columns = self._weight.padded_columns
-        wide = x.new_empty(x.shape[0], columns + self.ranks)
-        arguments, launch = self._prepared(x, by_rows=True)
-        arguments.x_out, arguments.pitch = wide.data_ptr(), wide.shape[1]
-        arguments.u_out = wide.data_ptr() + columns * wide.element_size()
-        launch(stream_of(x))
-        return wide
-
-    def _prepared(self, x: torch.Tensor, by_rows: bool) -> tuple[_Arguments, Launch]:
+    def _prepared(self, x: torch.Tensor) -> tuple[_Arguments, Launch]:
         """Return a launch for x with its arguments but for what it writes to."""
         batch = x.shape[0]
         shape = next(shape for most, shape in _SHAPES if batch <= most)
-        found = self._launches.get((*shape, by_rows))
+        found = self._launches.get(shape)
         if found is None:
             with uncaptured(x.device):
-                found = self._launches[(*shape, by_rows)] = self._made(*shape, by_rows)
+                found = self._launches[shape] = self._made(*shape)
         arguments, launch = found
         arguments.x, arguments.batch = x.data_ptr(), batch
         n_groups, shares = -(-batch // (_ROWS_OF_WARP * shape[1])), 2 if shape[-1] * RANKS_OF_TILE < self.ranks else 1
         return arguments, launch.over(shape[0], n_groups, shares)
 
-    def _made(
-        self, parts: int, row_warps: int, k_warps: int, rank_tiles: int, by_rows: bool
-    ) -> tuple[_Arguments, Launch]:
+    def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[_Arguments, Launch]:
         """Return a launch and its arguments."""
         weight, warps, stage_bytes = self._weight, row_warps * k_warps, rank_tiles * _TILE_BYTES
         most = -(-weight.n_slabs // (parts * k_warps))
         chosen = (
             ("HALF", int(weight.dtype == torch.float16)), ("PARTS", parts), ("ROW_WARPS", row_warps),
-            ("K_WARPS", k_warps), ("RANK_TILES", rank_tiles), ("BY_ROWS", int(by_rows)),
+            ("K_WARPS", k_warps), ("RANK_TILES", rank_tiles),
         )  # fmt: skip
         handle = function("tiles_of_x.cu", "tiles_of_x", chosen, weight.slabs.device.index)
         properties: Any = torch.cuda.get_device_properties(weight.slabs.device)

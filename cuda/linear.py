@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .beside import Factors, FragmentFactors, MatrixFactors
 from .by_rows import ProductByRows
 from .compilation import LEAST_CAPABILITY
 from .device_layout import SlabWeight, Weight, lay_out, reason_not_slabs
 from .expanded import ExpandedProduct
 from .launching import uncaptured
 from .layouts import remember, slabs_of
-from .low_rank import LARGEST_RANK, Fragments, LowRank, fragments
+from .low_rank import LARGEST_RANK, LowRank, fragments, matrices
 from .stacking import Layer, Ranks, StackedProduct, reason_not_stacked, split_slabs, stack_slabs
 
 
@@ -31,15 +30,9 @@ class PreparedProduct(ProductByRows):
         self, weight: Weight | SlabWeight, adapters: LowRank | None, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
         slabs = weight if isinstance(weight, SlabWeight) else lay_out(weight, dtype)
-        order: Fragments | None = None
-        factors: Factors | None = None
         rank = 0 if adapters is None else adapters.lora_A.shape[0]
-        if adapters is not None and 0 < rank <= LARGEST_RANK:
-            order = fragments(adapters, dtype)
-            factors = FragmentFactors(order)
-        elif adapters is not None and rank:
-            factors = MatrixFactors(adapters, slabs.padded_columns, dtype)
-        super().__init__(slabs, order, factors, bias)
+        ordered = (fragments if rank <= LARGEST_RANK else matrices)(adapters, dtype) if adapters and rank else None
+        super().__init__(slabs, ordered, bias)
 
 
 @functools.cache

@@ -79,8 +79,42 @@ def _b_order(b: torch.Tensor, n_blocks: int, n_tiles: int) -> torch.Tensor:
     return order.reshape(-1).contiguous()
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """Adapters in a product's dtype: ``scaled_A`` = scaling * lora_A (ranks, K padded), lora_B (N, ranks)."""
+
+    scaled_A: torch.Tensor
+    lora_B: torch.Tensor
+
+
+def matrices(adapters: LowRank, dtype: torch.dtype) -> Matrices:
+    """Return adapters of any rank as matrices, the rank padded to a multiple of 16."""
+    rank, n_columns = adapters.lora_A.shape
+    missing = -rank % RANKS_OF_TILE
+    scaled = (adapters.lora_A.float() * adapters.scaling[:, None]).to(dtype)
+    a = _padded(scaled, missing, padded_columns(n_columns) - n_columns)
+    return Matrices(a, _padded(adapters.lora_B.to(dtype), 0, missing))
+
+
+def matrices_of(fragments: Fragments, n_rows: int) -> Matrices:
+    """Return adapters read back from fragments; a row has zeros for the ranks that its row block does not use."""
+    n_tiles, block_tiles, first_tile = fragments.n_tiles, fragments.block_tiles, fragments.first_tile
+    slabs = fragments.lora_A.view(-1, n_tiles, 4, 8, 4, 2, 2, 2)
+    a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(RANKS_OF_TILE * n_tiles, -1)
+    blocks = fragments.lora_B.view(-1, block_tiles, UNITS, 8, 4, 2, 2, 2)
+    own = blocks.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(len(first_tile), BLOCK_ROWS, -1)
+    of_tile = torch.arange(own.shape[2], device=own.device)
+    at = (RANKS_OF_TILE * first_tile.long()[:, None, None] + of_tile).expand(own.shape)
+    b = own.new_zeros(*own.shape[:2], RANKS_OF_TILE * n_tiles).scatter_(2, at, own)
+    return Matrices((a.float() * fragments.scaling[:, None]).to(a.dtype), b.flatten(0, 1)[:n_rows])
+
+
 def scaled_A(fragments: Fragments) -> torch.Tensor:
-    """Return scaling * lora_A (ranks, K padded), read back from fragments and rounded once."""
-    slabs = fragments.lora_A.view(-1, fragments.n_tiles, 4, 8, 4, 2, 2, 2)
-    a = slabs.permute(1, 6, 3, 0, 4, 2, 5, 7).reshape(RANKS_OF_TILE * fragments.n_tiles, -1)
-    return (a.float() * fragments.scaling[:, None]).to(a.dtype)
+    """Return scaling * lora_A, rounded once, in the order in which expand.cu multiplies B by it.
+
+    [K/64][n_tiles][4 steps][32 lanes][8]: B fragments of mma.m16n8k16, whose columns are those of A's own fragments.
+    """
+    a = fragments.lora_A.view(-1, fragments.n_tiles, 4, 4, 2, 4, 2, 2, 2)  # slab tile step t e t' pair half e'
+    scaling = fragments.scaling.view(fragments.n_tiles, 2, 4, 2).permute(0, 2, 3, 1)
+    scaled = (a.float() * scaling[None, :, None, :, :, None, None, :, None]).to(a.dtype)
+    return scaled.permute(0, 1, 2, 5, 8, 3, 6, 7, 4).reshape(-1).contiguous()

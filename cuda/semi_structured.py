@@ -12,10 +12,11 @@ import os
 
 import torch
 
-from .beside import Beside, Factors
+from .beside import Beside
 from .device_layout import SlabWeight
-from .expanded import ExpandedProduct
+from .expanded import ExpandedProduct, Expansion
 from .launching import uncaptured
+from .low_rank import Fragments, Matrices, matrices_of
 
 ENVIRONMENT_VARIABLE = "SALR_SPARSE_TENSOR_CORES"
 #: the fewest rows of x for which the compressed copy is multiplied
@@ -24,28 +25,28 @@ _ROW_MULTIPLE = 16
 _ANY_ALGORITHM = (0, 1, -1)  # torch's own defaults
 
 
-def many_rows(weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> ExpandedProduct:
+def many_rows(weight: SlabWeight, adapters: Fragments | Matrices | None, bias: torch.Tensor | None) -> ExpandedProduct:
     """Return the product for many rows of x: on sparse tensor cores where they are here, fit and are asked for."""
     wanted = weight.pattern == "2:4" and os.environ.get(ENVIRONMENT_VARIABLE) == "1"
     fits = wanted and torch.backends.cusparselt.is_available() and not weight.n_rows % _ROW_MULTIPLE
-    return (SemiStructuredProduct if fits else ExpandedProduct)(weight, factors, bias)
+    return (SemiStructuredProduct if fits else ExpandedProduct)(weight, adapters, bias)
 
 
 class SemiStructuredProduct(ExpandedProduct):
     """y = x W^T + adapters + bias for a 2:4 weight, which is compressed when it first meets so many rows of x."""
 
-    def __init__(self, weight: SlabWeight, factors: Factors | None, bias: torch.Tensor | None) -> None:
-        super().__init__(weight, factors, bias)
+    def __init__(self, weight: SlabWeight, adapters: Fragments | Matrices | None, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, adapters, bias)
         self._algorithms: dict[int, tuple[int, int, int]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (M, N) of x (M, K)."""
         if x.shape[0] < LEAST_ROWS:
             return super().__call__(x)
-        columns = self.weight.padded_columns - x.shape[1] if self.factors is None else 0
+        columns = self.weight.padded_columns - x.shape[1] if self.adapters is None else 0
         missing = -x.shape[0] % _ROW_MULTIPLE
         rows = torch.nn.functional.pad(x, (0, columns, 0, missing)) if missing or columns else x
-        if self.factors is not None:
+        if self.adapters is not None:
             rows = self._beside_spread(rows)
         algorithm, split_k, mode = self._algorithm(rows)
         y: torch.Tensor = torch._cslt_sparse_mm(
@@ -54,20 +55,29 @@ class SemiStructuredProduct(ExpandedProduct):
         )  # fmt: skip
         return y[: x.shape[0]]
 
+    def _matrices(self) -> Matrices | None:
+        """The adapters as matrices."""
+        own = self.adapters
+        return matrices_of(own, self.weight.n_rows) if isinstance(own, Fragments) else own
+
     @functools.cached_property
     def _beside_spread(self) -> Beside:
         """What puts u beside x, two zeros after each two of it."""
-        assert self.factors is not None
         with uncaptured(self.weight.slabs.device):
-            return Beside(_spread(self.factors.scaled_A, 0))
+            own = self._matrices()
+            assert own is not None
+            return Beside(_spread(own.scaled_A, 0))
 
     @functools.cached_property
     def _compressed(self) -> torch.Tensor:
         """[W | B, spread] as cuSPARSELt stores it."""
-        columns = self.weight.padded_columns
-        with uncaptured(self.weight.slabs.device):
-            dense = self.decode()
-            return torch._cslt_compress(torch.cat([dense[:, :columns], _spread(dense[:, columns:].contiguous(), 1)], 1))
+        weight = self.weight
+        with uncaptured(weight.slabs.device):
+            dense = weight.slabs.new_empty(weight.n_rows, weight.padded_columns, dtype=weight.dtype)
+            Expansion(weight)(dense, 0)
+            own = self._matrices()
+            whole = dense if own is None else torch.cat([dense, _spread(own.lora_B, 1)], 1)
+            return torch._cslt_compress(whole)
 
     def _algorithm(self, rows: torch.Tensor) -> tuple[int, int, int]:
         """Return what is fastest for about so many rows; while a graph is captured nothing is tried out."""

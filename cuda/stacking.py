@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .beside import FragmentFactors
 from .by_rows import ProductByRows
 from .device_layout import BLOCK_ROWS, SlabWeight
 from .low_rank import LARGEST_RANK, RANKS_OF_TILE, Fragments, LowRank, fragments
@@ -140,4 +139,4 @@ class StackedProduct(ProductByRows):
             for layer in layers
         ]
         bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).contiguous()
-        super().__init__(stacked, ranks, FragmentFactors(ranks) if ranks else None, bias)
+        super().__init__(stacked, ranks, bias)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from random_model import Sizes
-from salr.cuda import beside, expanded, input_tiles, launching
+from salr.cuda import expanded, launching
 from salr.cuda.compilation import Function
 from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments
@@ -103,8 +103,7 @@ def install(matrix: Matrix) -> None:
     nothing = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
     slabs = SlabWeight(matrix.weight.n_rows, matrix.weight.n_columns, "bitmap16", torch.float32, *nothing, 1024)
     ranks = matrix.adapters
-    factors = None if ranks is None else beside.FragmentFactors(fragments(ranks, torch.float32))
-    product = expanded.ExpandedProduct(slabs, factors, None)
+    product = expanded.ExpandedProduct(slabs, None if ranks is None else fragments(ranks, torch.float32), None)
     matrix._products[_CPU, None, None] = _Ready(Product(product, lambda: product), None, None)
 
 
@@ -117,12 +116,11 @@ def replaced_driver() -> Iterator[None]:
     gpu: Any = SimpleNamespace(
         shared_memory_per_multiprocessor=228 << 10, shared_memory_per_block_optin=227 << 10, multi_processor_count=132
     )
-    launches = {"function": lambda *_: Function(1, 0), "stream_of": lambda _: 0}
-    kernels = launches | {"definitions": lambda *_, **__: ()}
-    cuda = {
-        "get_device_properties": lambda _: gpu, "current_device": lambda: 0, "get_device_capability": lambda _: (9, 0)
+    kernels = {
+        "function": lambda *_: Function(1, 0), "stream_of": lambda _: 0, "definitions": lambda *_, **__: ()
     }  # fmt: skip
-    modules = (beside, kernels), (expanded, kernels), (input_tiles, launches), (torch.cuda, cuda)
+    cuda = {"get_device_properties": lambda _: gpu, "current_device": lambda: 0}
+    modules = (expanded, kernels), (torch.cuda, cuda)
     with contextlib.ExitStack() as stack:
         for module, replaced in modules:
             stack.enter_context(mock.patch.multiple(module, **replaced))

@@ -1,84 +1,181 @@
-// Slabs -> dense 16-bit weights, for products with many rows of x.
+// Slabs and adapters -> dense 16-bit weights W + scaling * B A, for products with many rows of x: rounded once, as who merges
+// adapters into a dense model rounds.
 //
-// grid: about as many thread blocks as fit, each walks through slabs; block: a warp a unit; shared memory: BUFFERS slabs
-// of `buffer_bytes`, the next ones on their way while one is decoded, then a tile for each warp, so that rows are written
-// in whole lines of 128 bytes.
+// grid: about as many thread blocks as fit, each takes a run of slabs; block: a warp a unit; shared memory: `buffers` places of
+// `buffer_bytes`, each for a slab and, from `a_at` on, its columns of A, the next ones on their way while one is decoded; then,
+// with B_IN_SHARED, the row block's B.
 #include "slabs.cuh"
 
-#ifndef BUFFERS
-#define BUFFERS 3
+#ifndef B_IN_SHARED
+#define B_IN_SHARED 1  // otherwise B is read where it lies, for each slab
 #endif
-constexpr int THREADS = UNITS * 32;
-constexpr int TILE_PITCH = SLAB_COLUMNS * 2 + 16;  // bytes; keeps eight lanes' 16-byte accesses off each other's banks
-constexpr int TILE_BYTES = UNIT_ROWS * TILE_PITCH;
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM 2
+#endif
+constexpr int THREADS = UNITS * 32, MOST_BUFFERS = 4, B_TILE_BYTES = UNITS * STEP_BYTES;
 
-DEVICE void start_copy(u32 to, const u8* slabs, const u32* slab_offsets, int number, u32 bar) {
-  const u32 start = slab_offsets[number], bytes = (slab_offsets[number + 1] - start) * 16;
-  const u8* from = slabs + (size_t)start * 16;
+struct Arguments {
+  const u8* slabs;
+  const u32* slab_offsets;
+  const u8* lora_a;       // times scaling: [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit, B fragments of mma.m16n8k16: lane l,
+                          // element 4p + 2h + e is rank 2 * (l % 4) + 8h + e, column 16 * (l / 8) + 4 * step + 2p + l / 4 % 2
+  const u8* lora_b;       // [row blocks][block_tiles][UNITS][32 lanes][8] 16-bit, A fragments
+  const int* first_step;  // of each row block: the first of its tiles of ranks
+  u16* dense;             // [n_rows, pitch], its first row being that of row block `first_block`
+  int n_slabs, first_block, n_rows, pitch, buffers, buffer_bytes, a_at, rank_tiles, block_tiles;
+};
+
+// Copies to shared memory: by one thread with bulk copies, else by all.
+DEVICE void copy(u32 to, const u8* from, u32 bytes, u32 bar) {
 #if HAS_BULK_COPIES
-  if (threadIdx.x == 0) {
-    barrier_expect(bar, bytes);
-    bulk_copy(to, from, bytes, bar);
-  }
+  bulk_copy(to, from, bytes, bar);
 #else
   for (u32 i = threadIdx.x * 16; i < bytes; i += THREADS * 16) copy_16(to + i, from + i);
+#endif
+}
+DEVICE bool copies() { return !HAS_BULK_COPIES || threadIdx.x == 0; }
+DEVICE void announce(u32 bar, u32 bytes) {
+#if HAS_BULK_COPIES
+  barrier_expect(bar, bytes);
+#endif
+}
+DEVICE void all_started(u32 bar) {
+#if !HAS_BULK_COPIES
   arrive_after_copies(bar);
 #endif
 }
 
-// One slab in shared memory -> 256 rows x 64 columns at `to`, of which `rows` exist; `tiles`: a tile for each warp.
-DEVICE void decode(u32 slab, u32 tiles, u16* to, int rows, int pitch, u32 table) {
+// A run's slabs one after the other into their places. Where the next one lies is asked for before it is needed.
+struct Filling {
+  int row_block, slab, left;
+  u32 start, end;
+  int tile;  // the row block's first
+  DEVICE Filling(const Arguments& p, int first, int n) : row_block(p.first_block + first / p.n_slabs), slab(first % p.n_slabs), left(n) {
+    if (!copies() || left <= 0) return;
+    start = offset(p, 0), end = offset(p, 1), tile = p.block_tiles ? p.first_step[row_block] : 0;
+  }
+  DEVICE u32 offset(const Arguments& p, int more) const { return p.slab_offsets[row_block * p.n_slabs + slab + more]; }
+  DEVICE void fill(const Arguments& p, u32 to, u32 bar) {
+    if (!copies() || left <= 0) return;
+    const u32 bytes = (end - start) * 16, of_a = p.block_tiles * A_TILE_BYTES;
+    announce(bar, bytes + of_a);
+    copy(to, p.slabs + (size_t)start * 16, bytes, bar);
+    if (of_a) copy(to + p.a_at, p.lora_a + ((size_t)slab * p.rank_tiles + tile) * A_TILE_BYTES, of_a, bar);
+    all_started(bar);
+    if (--left == 0) return;
+    if (++slab == p.n_slabs) {
+      slab = 0, row_block++;
+      if (of_a) tile = p.first_step[row_block];
+    }
+    start = end, end = offset(p, 1);
+  }
+};
+
+// The row block's B, for whoever has the first of its slabs in a run.
+DEVICE void fill_b(const Arguments& p, u32 to, int row_block, u32 bar) {
+  if (!copies()) return;
+  const u32 bytes = p.block_tiles * B_TILE_BYTES;
+  announce(bar, bytes);
+  copy(to, p.lora_b + (size_t)row_block * bytes, bytes, bar);
+  all_started(bar);
+}
+
+// sums += B A of four groups of columns. b: in shared memory, or row_block's where it lies.
+DEVICE void add_low_rank(const Arguments& p, u32 a, u32 b, int row_block, int pair, float (&sums)[4][4]) {
+  const u32 at = threadIdx.x * 16;
+  const u8* from = p.lora_b + (size_t)row_block * p.block_tiles * B_TILE_BYTES;
+#pragma unroll 4
+  for (int t = 0; t < p.block_tiles; t++) {
+    const uint4 v = B_IN_SHARED ? lds128_now(b + t * B_TILE_BYTES + at) : *(const uint4*)(from + (size_t)t * B_TILE_BYTES + at);
+    const u32 of_b[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      const uint4 of_a = lds128_now(a + (4 * t + 2 * pair + step) * STEP_BYTES + (threadIdx.x & 31) * 16);
+      mma(sums[2 * step], of_b, of_a.x, of_a.y);
+      mma(sums[2 * step + 1], of_b, of_a.z, of_a.w);
+    }
+  }
+}
+
+DEVICE u32 sum_of(u32 pair, float scale, float low, float high) {
+  return pack2(widen(pair) * scale + low, widen(pair >> 16) * scale + high);
+}
+
+// Eight rows, of which lane l has columns 16 * (l % 4) .. + 15 of row `row` + l / 4, to `to`, as far as there are rows: each
+// lane takes turns with the one that has the row four below, so that whole lines of 128 bytes are written at a time.
+DEVICE void store_rows(u16* to, int row, int rows, int pitch, const uint4 (&v)[2], int lane) {
+  const bool below = lane & 16;
+  const uint4 give = below ? v[0] : v[1];
+  const uint4 got = make_uint4(__shfl_xor_sync(~0u, give.x, 16), __shfl_xor_sync(~0u, give.y, 16),
+                               __shfl_xor_sync(~0u, give.z, 16), __shfl_xor_sync(~0u, give.w, 16));
+  row += (lane & 15) >> 2;
+  u16* at = to + (size_t)row * pitch + 8 * (2 * (lane & 3) + below);
+  if (row < rows) store_global(at, below ? got : v[0]);
+  if (row + 4 < rows) store_global(at + (size_t)4 * pitch, below ? v[1] : got);
+}
+
+// The unit of this warp in shared memory -> its 16 rows x 64 columns at `to`, of which `rows` exist.
+DEVICE void decode(const Arguments& p, u32 slab, u32 b, int row_block, u16* to, int rows, u32 table) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const u32 tile = tiles + warp * TILE_BYTES;
   Unit unit;
   unit.open(slab + 16 * (warp ? lds16(slab + 2 * warp) : 2), lane);
   const float upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
+  uint4 of_upper[2], of_lower[2];
 #pragma unroll
   for (int pair = 0; pair < 2; pair++) {
+    float sums[4][4] = {};
+    add_low_rank(p, slab + p.a_at, b, row_block, pair, sums);
     u32 a[2][4];
     unit.fragments(pair, lane, a, table);
-    const u32 at = tile + (lane >> 2) * TILE_PITCH + 32 * (lane & 3) + 16 * pair;
-    sts128(at, make_uint4(scaled(a[0][0], upper), scaled(a[0][2], upper), scaled(a[1][0], upper), scaled(a[1][2], upper)));
-    sts128(at + 8 * TILE_PITCH,
-           make_uint4(scaled(a[0][1], lower), scaled(a[0][3], lower), scaled(a[1][1], lower), scaled(a[1][3], lower)));
-  }
-  __syncwarp();
+    u32 u[4], l[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int local = 4 * i + (lane >> 3), row = warp * UNIT_ROWS + local;
-    if (row < rows) store_global(to + (size_t)row * pitch + 8 * (lane & 7), lds128_now(tile + local * TILE_PITCH + 16 * (lane & 7)));
+    for (int i = 0; i < 4; i++) {
+      u[i] = sum_of(a[i / 2][2 * (i % 2)], upper, sums[i][0], sums[i][1]);
+      l[i] = sum_of(a[i / 2][2 * (i % 2) + 1], lower, sums[i][2], sums[i][3]);
+    }
+    of_upper[pair] = make_uint4(u[0], u[1], u[2], u[3]), of_lower[pair] = make_uint4(l[0], l[1], l[2], l[3]);
   }
-  __syncwarp();
+  store_rows(to, warp * UNIT_ROWS, rows, p.pitch, of_upper, lane);
+  store_rows(to, warp * UNIT_ROWS + 8, rows, p.pitch, of_lower, lane);
 }
 
-// dense [n_rows, pitch], its first row being that of row block `first_block`
-extern "C" __global__ void __launch_bounds__(THREADS)
-    expand(const u8* slabs, const u32* slab_offsets, u16* dense, int n_slabs, int first_block, int n_rows, int pitch,
-           int buffer_bytes) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) expand(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
-  __shared__ __align__(8) u64 full[BUFFERS];
+  __shared__ __align__(8) u64 full[MOST_BUFFERS], full_b[1];
   __shared__ u32 table[TABLE_WORDS];
+  const u32 ring = shared_address(memory), bars = shared_address(full), bar_b = shared_address(full_b);
+  const u32 b = ring + p.buffers * p.buffer_bytes;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < BUFFERS; i++) barrier_init(shared_address(full + i), HAS_BULK_COPIES ? 1 : THREADS);
+    for (int i = 0; i < p.buffers; i++) barrier_init(bars + 8 * i, HAS_BULK_COPIES ? 1 : THREADS);
+    barrier_init(bar_b, HAS_BULK_COPIES ? 1 : THREADS);
     barrier_init_fence();
   }
   fill_table(table);
   __syncthreads();
-  const int first = first_block * n_slabs, n = (n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * n_slabs;
-  const u32 ring = shared_address(memory), bars = shared_address(full);
-  for (int i = 0; i < BUFFERS - 1; i++)
-    if (blockIdx.x + i * gridDim.x < n)
-      start_copy(ring + i * buffer_bytes, slabs, slab_offsets, first + blockIdx.x + i * gridDim.x, bars + 8 * i);
-  int stage = 0;
-  u32 phase = 0;
-  for (int i = blockIdx.x; i < n; i += gridDim.x) {
-    const int ahead = i + (BUFFERS - 1) * gridDim.x, other = (stage + BUFFERS - 1) % BUFFERS;
-    if (ahead < n) start_copy(ring + other * buffer_bytes, slabs, slab_offsets, first + ahead, bars + 8 * other);
+  let_next_kernel_start();
+  const long long n = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * p.n_slabs;
+  const int begin = n * blockIdx.x / gridDim.x, end = n * (blockIdx.x + 1) / gridDim.x;
+  const bool has_b = B_IN_SHARED && p.block_tiles;
+  Filling filling(p, begin, end - begin);
+  if (has_b) fill_b(p, b, filling.row_block, bar_b);
+  for (int i = 0; i < p.buffers - 1; i++) filling.fill(p, ring + i * p.buffer_bytes, bars + 8 * i);
+  wait_for_previous_kernel();
+  int stage = 0, next = p.buffers - 1, row_block = begin / p.n_slabs, slab = begin % p.n_slabs;
+  u32 phase = 0, phase_b = 0;
+  if (has_b) barrier_wait(bar_b, phase_b);
+  for (int i = begin; i < end; i++) {
+    filling.fill(p, ring + next * p.buffer_bytes, bars + 8 * next);
     barrier_wait(bars + 8 * stage, phase);
-    const int row_block = i / n_slabs, slab = i - row_block * n_slabs;
-    decode(ring + stage * buffer_bytes, ring + BUFFERS * buffer_bytes, dense + (size_t)row_block * BLOCK_ROWS * pitch + slab * SLAB_COLUMNS,
-           n_rows - row_block * BLOCK_ROWS, pitch, shared_address(table));
+    decode(p, ring + stage * p.buffer_bytes, b, p.first_block + row_block,
+           p.dense + (size_t)row_block * BLOCK_ROWS * p.pitch + slab * SLAB_COLUMNS, p.n_rows - row_block * BLOCK_ROWS,
+           shared_address(table));
     __syncthreads();
-    if (++stage == BUFFERS) stage = 0, phase ^= 1;
+    if (++next == p.buffers) next = 0;
+    if (++stage == p.buffers) stage = 0, phase ^= 1;
+    if (++slab < p.n_slabs || i + 1 == end) continue;
+    slab = 0, row_block++;
+    if (!has_b) continue;
+    fill_b(p, b, p.first_block + row_block, bar_b);
+    barrier_wait(bar_b, phase_b ^= 1);
   }
 }

@@ -1,5 +1,4 @@
-// x (M, K) and u = (x A^T) * scaling (M, ranks) from one reading of x: in the order in which asynchronous products read them, or,
-// with BY_ROWS, as the rows of one matrix [x | u].
+// x (M, K) and u = (x A^T) * scaling (M, ranks) from one reading of x, in the order in which asynchronous products read them.
 //
 // grid: (PARTS, one for each 16 * ROW_WARPS rows, and so many that share the ranks, of which the first writes x), clusters of
 // the PARTS thread blocks that share K; block: K_WARPS
@@ -20,9 +19,6 @@
 #ifndef RANK_TILES
 #define RANK_TILES 4
 #endif
-#ifndef BY_ROWS
-#define BY_ROWS 0
-#endif
 #ifndef PARTS
 #define PARTS 8  // thread blocks that share K
 #endif
@@ -39,10 +35,10 @@ struct Arguments {
   const u8* lora_a;      // [n_slabs][rank_tiles][4 steps][32 lanes][8] 16-bit
   const float* scaling;  // [rank_tiles * 16]
   uint4* x_out;          // [batch / tile_rows][n_slabs][8 chunks][tile_rows][8] 16-bit; chunk 2q + h, element 2t + e is
-                         // column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights. BY_ROWS: [batch, pitch]
-  u16* u_out;            // [batch / tile_rows][rank_tiles * 2][tile_rows][8] 16-bit. BY_ROWS: [batch, pitch]
+                         // column 16t + 4q + 2h + e of the slab: the order that slabs.cuh gives the weights
+  u16* u_out;            // [batch / tile_rows][rank_tiles * 2][tile_rows][8] 16-bit
   u32* counters;         // [n_counters], which are set to 0 for the launch after
-  int batch, n_columns, tile_rows, n_slabs, rank_tiles, n_counters, stages, stage_bytes, pitch;
+  int batch, n_columns, tile_rows, n_slabs, rank_tiles, n_counters, stages, stage_bytes;
 };
 
 // Four lanes have a row's 64 columns, 16 each; words 4 * pair .. of lane t are words t of chunks 4 * pair ...
@@ -52,15 +48,6 @@ DEVICE uint4 chunk_of(uint4 v, int lane) {
   v = upper ? make_uint4(y0, y1, v.z, v.w) : make_uint4(v.x, v.y, y0, y1);
   const u32 z0 = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1), z1 = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
   return odd ? make_uint4(z0, v.y, z1, v.w) : make_uint4(v.x, z0, v.z, z1);
-}
-
-// Two neighbours have 32 columns of a row, 16 each. Of these eights the even lane gets 0 and 2, the odd one 1 and 3, so that both
-// together write 32 bytes at a time.
-DEVICE void take_turns(const uint4 (&v)[2], uint4 (&turns)[2], bool odd) {
-  const uint4 give = odd ? v[0] : v[1];
-  const uint4 got = make_uint4(__shfl_xor_sync(~0u, give.x, 1), __shfl_xor_sync(~0u, give.y, 1), __shfl_xor_sync(~0u, give.z, 1),
-                               __shfl_xor_sync(~0u, give.w, 1));
-  turns[0] = odd ? got : v[0], turns[1] = odd ? v[1] : got;
 }
 
 // A warp's rows of a slab: columns 16 * (lane % 4) .. + 15 of rows lane / 4 and 8 more.
@@ -77,7 +64,6 @@ struct Rows {
     }
   }
   DEVICE void store(const Arguments& p, int first, int slab, int lane) const {
-    if (BY_ROWS) return store_rows(p, first, slab, lane);
 #pragma unroll
     for (int n = 0; n < N_TILES; n++) {
       const int row = first + 8 * n + (lane >> 2), tile = row / p.tile_rows;
@@ -87,16 +73,6 @@ struct Rows {
         if (row < p.batch)
           p.x_out[(((size_t)tile * p.n_slabs + slab) * 8 + 4 * pair + (lane & 3)) * p.tile_rows + row % p.tile_rows] = chunk;
       }
-    }
-  }
-  DEVICE void store_rows(const Arguments& p, int first, int slab, int lane) const {
-#pragma unroll
-    for (int n = 0; n < N_TILES; n++) {
-      const int row = first + 8 * n + (lane >> 2), eight = slab * 8 + (lane & 2) * 2 + (lane & 1);
-      uint4 turns[2];
-      take_turns(of[n], turns, lane & 1);
-      uint4* to = p.x_out + (size_t)row * (p.pitch / 8) + eight;
-      if (row < p.batch) to[0] = turns[0], to[2] = turns[1];
     }
   }
 };
@@ -170,10 +146,6 @@ DEVICE void store_u(const Arguments& p, int t, int first, float4 v, int lane) {
     const int rank = (lane >> 2) + 8 * (i / 2), row = first + 2 * (lane & 3) + i % 2;
     if (row >= p.batch) continue;
     const u16 u = (u16)pack2(sums[i] * p.scaling[16 * t + rank], 0.f);
-    if (BY_ROWS) {
-      p.u_out[(size_t)row * p.pitch + 16 * t + rank] = u;
-      continue;
-    }
     const size_t chunk = (size_t)(row / p.tile_rows) * p.rank_tiles * 2 + 2 * t + rank / 8;
     p.u_out[(chunk * p.tile_rows + row % p.tile_rows) * 8 + rank % 8] = u;
   }

@@ -202,6 +202,41 @@ def test_expansion_is_bit_equal_to_the_reference(encoding):
     assert not dense[:, 1000:].any()
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize("rank", [24, 300])
+def test_an_expanded_weight_may_be_multiplied_by_parts(rank, monkeypatch):
+    from salr.cuda import expanded
+    from salr.cuda.linear import prepare
+
+    packed, low_rank, bias = weight(1100, 200), adapters(1100, 200, rank), torch.randn(1100, device=DEVICE)
+    x = torch.randn(40, 200, device=DEVICE).bfloat16()
+    product = prepare(packed, low_rank, bias).product(x.device, x.dtype).expanded
+    whole = product(x)
+    assert error(whole, exact(x, packed, low_rank, bias)) < 5e-3
+    for row_blocks in (1, 2):
+        monkeypatch.setattr(expanded, "_PART_BYTES", row_blocks * 256 * 256 * 2)
+        assert error(product(x), whole.double()) < 1e-3
+
+
+@pytest.mark.emulated(rank=[1, 80], encoding=["bf16", "nf4"])
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("rank", [1, 64, 80, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_expanded_weight_is_rounded_once_with_its_adapters(encoding, rank, dtype):
+    from salr.cuda.linear import prepare
+
+    packed, low_rank = weight(700, 1000, 0.5, encoding), adapters(700, 1000, rank)
+    low_rank.scaling.mul_(torch.rand_like(low_rank.scaling) + 0.5)
+    dense = prepare(packed, low_rank, None).product(torch.device(DEVICE), dtype).expanded.decode()
+    scaled, base = low_rank.scaling.double()[:, None] * low_rank.lora_A.double(), reference.dense(packed).double()
+    expected, unit = base + low_rank.lora_B.double() @ scaled, torch.finfo(dtype).eps / 2
+    bound = expected.abs() + low_rank.lora_B.double().abs() @ scaled.abs()  # scaling * lora_A is rounded too
+    if encoding == "nf4" or rank > 256:  # the code book is rounded; matrices are added to a weight that was
+        bound += base.abs()
+    assert ((dense[:, :1000].double() - expected).abs() <= 1.01 * unit * bound + 1e-7).all()
+    assert not dense[:, 1000:].any()
+
+
 @pytest.mark.parametrize("kernel", [0, -1])
 def test_products_are_captured_and_run_on_several_streams(kernel):
     low_rank = adapters(1024, 1024, 16)

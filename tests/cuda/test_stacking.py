@@ -118,6 +118,8 @@ def test_a_stacked_product_equals_each_layers_reference(encoding, batch, given):
     )
     error = (got.float() - expected).norm() / expected.norm()
     assert torch.isfinite(got).all() and error < 5e-3
+    expanded = product.expanded.multiply(x, None)
+    assert (expanded.float() - expected).norm() / expected.norm() < 5e-3
     for weight, own, bias, part in zip(weights, adapters, biases, got.split(rows, 1), strict=True):
         alone = linear.linear(x, weight, own, bias)
         assert (alone.float() - part.float()).norm() / part.float().norm() < 5e-3
