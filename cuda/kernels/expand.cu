@@ -80,17 +80,16 @@ DEVICE void fill_b(const Arguments& p, u32 to, int row_block, u32 bar) {
   all_started(bar);
 }
 
-// sums += B A of four groups of columns. b: in shared memory, or row_block's where it lies.
-DEVICE void add_low_rank(const Arguments& p, u32 a, u32 b, int row_block, int pair, float (&sums)[4][4]) {
+// sums = B A, eight groups of columns. b: in shared memory, or row_block's where it lies.
+DEVICE void multiply_ranks(const Arguments& p, u32 a, u32 b, int row_block, float (&sums)[8][4]) {
   const u32 at = threadIdx.x * 16;
   const u8* from = p.lora_b + (size_t)row_block * p.block_tiles * B_TILE_BYTES;
-#pragma unroll 4
   for (int t = 0; t < p.block_tiles; t++) {
     const uint4 v = B_IN_SHARED ? lds128_now(b + t * B_TILE_BYTES + at) : *(const uint4*)(from + (size_t)t * B_TILE_BYTES + at);
     const u32 of_b[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int step = 0; step < 2; step++) {
-      const uint4 of_a = lds128_now(a + (4 * t + 2 * pair + step) * STEP_BYTES + (threadIdx.x & 31) * 16);
+    for (int step = 0; step < 4; step++) {
+      const uint4 of_a = lds128_now(a + (4 * t + step) * STEP_BYTES + (threadIdx.x & 31) * 16);
       mma(sums[2 * step], of_b, of_a.x, of_a.y);
       mma(sums[2 * step + 1], of_b, of_a.z, of_a.w);
     }
@@ -117,21 +116,21 @@ DEVICE void store_rows(u16* to, int row, int rows, int pitch, const uint4 (&v)[2
 // The unit of this warp in shared memory -> its 16 rows x 64 columns at `to`, of which `rows` exist.
 DEVICE void decode(const Arguments& p, u32 slab, u32 b, int row_block, u16* to, int rows, u32 table) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  float sums[8][4] = {};
+  multiply_ranks(p, slab + p.a_at, b, row_block, sums);
   Unit unit;
   unit.open(slab + 16 * (warp ? lds16(slab + 2 * warp) : 2), lane);
   const float upper = HAS_SCALES ? unit.scale(lane >> 2) : 1.f, lower = HAS_SCALES ? unit.scale((lane >> 2) + 8) : 1.f;
   uint4 of_upper[2], of_lower[2];
 #pragma unroll
   for (int pair = 0; pair < 2; pair++) {
-    float sums[4][4] = {};
-    add_low_rank(p, slab + p.a_at, b, row_block, pair, sums);
     u32 a[2][4];
     unit.fragments(pair, lane, a, table);
     u32 u[4], l[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      u[i] = sum_of(a[i / 2][2 * (i % 2)], upper, sums[i][0], sums[i][1]);
-      l[i] = sum_of(a[i / 2][2 * (i % 2) + 1], lower, sums[i][2], sums[i][3]);
+      u[i] = sum_of(a[i / 2][2 * (i % 2)], upper, sums[4 * pair + i][0], sums[4 * pair + i][1]);
+      l[i] = sum_of(a[i / 2][2 * (i % 2) + 1], lower, sums[4 * pair + i][2], sums[4 * pair + i][3]);
     }
     of_upper[pair] = make_uint4(u[0], u[1], u[2], u[3]), of_lower[pair] = make_uint4(l[0], l[1], l[2], l[3]);
   }
