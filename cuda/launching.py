@@ -21,6 +21,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _RELAXED_CAPTURE = 2
 #: launches' arguments and workspaces are shared, so that one thread at a time makes a product
 ONE_AT_A_TIME = threading.RLock()
+_NOTHING = contextlib.nullcontext()
 _INVALID_CONTEXT = 201  # a thread that has not used the GPU yet, as autograd's own at first
 
 
@@ -86,15 +87,8 @@ class Launch:
         Raises:
             CudaError: the driver's answer was not success.
         """
-        found = ctypes.c_int()
-        asked = ctypes.byref(found), self._function, self.over(thread_blocks)._address
-        is_current = torch.cuda.current_device() == self._device
-        with contextlib.nullcontext() if is_current else torch.cuda.device(self._device):
-            status = self._driver.cuOccupancyMaxActiveClusters(*asked)
-            if status == _INVALID_CONTEXT:
-                make_current(self._device)
-                status = self._driver.cuOccupancyMaxActiveClusters(*asked)
-        _require(status, "cuOccupancyMaxActiveClusters")
+        found, address = ctypes.c_int(), self.over(thread_blocks)._address
+        self._ask("cuOccupancyMaxActiveClusters", ctypes.byref(found), self._function, address)
         return found.value
 
     def __call__(self, stream: int) -> None:
@@ -103,19 +97,19 @@ class Launch:
         Raises:
             CudaError: the driver's answer was not success.
         """
-        if torch.cuda.current_device() == self._device:
-            self._launch(stream)
-        else:
-            with torch.cuda.device(self._device):
-                self._launch(stream)
-
-    def _launch(self, stream: int) -> None:
         self._configuration.stream = stream
-        status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
-        if status == _INVALID_CONTEXT:
-            make_current(self._device)
-            status = self._driver.cuLaunchKernelEx(self._address, self._function, self._pointers, None)
-        _require(status, "cuLaunchKernelEx")
+        self._ask("cuLaunchKernelEx", self._address, self._function, self._pointers, None)
+
+    def _ask(self, name: str, *arguments: Any) -> None:
+        """Call one of the driver's functions, with the function's device current."""
+        call = getattr(self._driver, name)
+        is_current = torch.cuda.current_device() == self._device
+        with _NOTHING if is_current else torch.cuda.device(self._device):
+            status = call(*arguments)
+            if status == _INVALID_CONTEXT:
+                make_current(self._device)
+                status = call(*arguments)
+        _require(status, name)
 
 
 def fields(pointers: str, numbers: str, floats: str = "") -> list[tuple[str, Any]]:
