@@ -43,7 +43,7 @@ SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336,11008x4096,4096x11008,28672x
 ROWS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 RANK = 64
 ROTATED_BYTES = 120 << 20  # more than twice the L2 cache
-LARGEST_CHAIN = 64  # rows from which a layer is timed alone: products are no longer bound by memory
+MOST_FEW = 64  # rows up to which quantized values and peers are timed
 TWO_OF_FOUR, QUANTIZED = "2:4", ("int8", "nf4")
 FEWEST_SPARSE = 1024  # rows from which 2:4 is timed
 WARM_UP = 0.2  # seconds
@@ -109,18 +109,17 @@ class Layer:
 def measure(layer: Layer, shape: str, batch: int, autotune: bool, peers: bool = False) -> list[dict[str, Any]]:
     """Return the rows of one shape and number of rows of x."""
     x = torch.randn(batch, layer.n_columns, device="cuda").bfloat16()
-    few = batch <= LARGEST_CHAIN
-    dense = layer.dense if few else layer.dense[:1]
+    few = batch <= MOST_FEW
     linear = torch.nn.functional.linear
-    times = {"dense": timed([lambda w=w: linear(x, w, layer.bias) for w in dense])}
+    times = {"dense": timed([lambda w=w: linear(x, w, layer.bias) for w in layer.dense])}
     if autotune:
         torch._dynamo.reset()
         tuned = torch.compile(linear, mode="max-autotune-no-cudagraphs")
-        times["dense, autotuned"] = timed([lambda w=w: tuned(x, w, layer.bias) for w in dense])
+        times["dense, autotuned"] = timed([lambda w=w: tuned(x, w, layer.bias) for w in layer.dense])
     for encoding, products in layer.products.items():
         if (encoding == TWO_OF_FOUR and batch < FEWEST_SPARSE) or (encoding in QUANTIZED and not few):
             continue
-        times[encoding] = timed([lambda p=p: p(x) for p in (products if few else products[:1])])
+        times[encoding] = timed([lambda p=p: p(x) for p in products])
     if peers and few:
         times |= {name: timed(calls) for name, calls in peers_of(layer, x).items()}
     base = min(times["dense"][0], times.get("dense, autotuned", times["dense"])[0])

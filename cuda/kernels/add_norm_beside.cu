@@ -34,7 +34,7 @@ struct Row {
       uint4 v[AT_ONCE], r[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
-        const int unit = min(first + i * SMALL_THREADS, n_units - 1);
+        const int unit = first + i * SMALL_THREADS < n_units ? first + i * SMALL_THREADS : first;  // its own: no other writes it
         v[i] = lds128_now(of_x + unit * 16);
         r[i] = residual ? lds128_now(of_residual + unit * 16) : make_uint4(NOTHING, NOTHING, NOTHING, NOTHING);
       }
