@@ -20,7 +20,7 @@ import torch
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import ONE_AT_A_TIME, Launch, address, aligned, fields, is_capturing, stream_of, uncaptured
-from .low_rank import Fragments, Matrices, addresses, scaled_A
+from .low_rank import Fragments, Matrices, addresses, second_operand
 
 _PART_BYTES = 512 * 2**20
 #: slabs that each multiprocessor has, from which on one thread block expands them, measured on an H100
@@ -113,14 +113,15 @@ class Expansion:
 
     def __init__(self, weight: SlabWeight, adapters: Fragments | None = None) -> None:
         self._n_slabs, device = weight.n_slabs, weight.slabs.device.index
-        self._scaled_A = None if adapters is None else scaled_A(adapters)
+        a = None if adapters is None else second_operand(adapters)
+        self._read = weight, adapters, a  # by the launch: kept as long as it is
         tiles = adapters.block_tiles if adapters else 0
         a_at = -(-weight.largest_slab_bytes // 128) * 128
         buffer_bytes = a_at + tiles * _A_TILE_BYTES
         properties: Any = torch.cuda.get_device_properties(device)
         shape = _shape_for(weight, buffer_bytes, tiles * _B_TILE_BYTES, properties)
         self._most_blocks = shape.blocks_per_sm * properties.multi_processor_count
-        known = addresses(adapters) | {"lora_a": address(self._scaled_A)}
+        known = addresses(adapters) | {"lora_a": address(a)}
         self._arguments = _Arguments(
             slabs=address(weight.slabs), slab_offsets=address(weight.offsets), n_slabs=weight.n_slabs,
             buffers=shape.buffers, buffer_bytes=buffer_bytes, a_at=a_at,

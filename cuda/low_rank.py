@@ -109,10 +109,10 @@ def matrices_of(fragments: Fragments, n_rows: int) -> Matrices:
     return Matrices((a.float() * fragments.scaling[:, None]).to(a.dtype), b.flatten(0, 1)[:n_rows])
 
 
-def scaled_A(fragments: Fragments) -> torch.Tensor:
-    """Return scaling * lora_A, rounded once, in the order in which expand.cu multiplies B by it.
+def second_operand(fragments: Fragments) -> torch.Tensor:
+    """Return scaling * lora_A, rounded once, in the order in which expand.cu multiplies lora_B by it.
 
-    [K/64][n_tiles][4 steps][32 lanes][8]: B fragments of mma.m16n8k16, whose columns are those of A's own fragments.
+    [K/64][n_tiles][4 steps][32 lanes][8]: mma.m16n8k16's second operand, columns in the order of lora_A's fragments.
     """
     a = fragments.lora_A.view(-1, fragments.n_tiles, 4, 4, 2, 4, 2, 2, 2)  # slab tile step t e t' pair half e'
     scaling = fragments.scaling.view(fragments.n_tiles, 2, 4, 2).permute(0, 2, 3, 1)
