@@ -7,15 +7,16 @@ weight beside the slabs: it is made only where ``ENVIRONMENT_VARIABLE`` asks for
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 
 import torch
 
-from .beside import Beside
-from .device_layout import SlabWeight
+from .compilation import function
+from .device_layout import SlabWeight, definitions
 from .expanded import ExpandedProduct, Expansion
-from .launching import uncaptured
+from .launching import Launch, stream_of, uncaptured
 from .low_rank import Fragments, Matrices, matrices_of
 
 ENVIRONMENT_VARIABLE = "SALR_SPARSE_TENSOR_CORES"
@@ -89,6 +90,30 @@ class SemiStructuredProduct(ExpandedProduct):
             algorithm, split_k, mode, *_ = search(self._compressed, rows.T, self._bias, None, None, True)
             self._algorithms[size] = algorithm, split_k, mode
         return self._algorithms[size]
+
+
+class Beside:
+    """[x | 0 | x A^T] (M, K padded + ranks) for x (M, K) and A (ranks, K padded); all are multiples of 8."""
+
+    def __init__(self, a: torch.Tensor) -> None:
+        self._a, (ranks, self._columns) = a.T, a.shape
+        self._wide_columns, self._chunks = self._columns + ranks, self._columns // 8
+        self._from, self._to, self._chunks_of_x = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (M, K), contiguous, beside its product."""
+        wide = x.new_empty(x.shape[0], self._wide_columns)
+        self._from.value, self._to.value, self._chunks_of_x.value = x.data_ptr(), wide.data_ptr(), x.shape[1] // 8
+        self._launch.over(x.shape[0], -(-self._chunks // 256))(stream_of(x))
+        torch.mm(x, self._a[: x.shape[1]], out=wide[:, self._columns :])
+        return wide
+
+    @functools.cached_property
+    def _launch(self) -> Launch:
+        sizes = map(ctypes.c_int, (self._chunks, self._wide_columns))
+        handle = function("beside.cu", "copy_rows", definitions("dense16", torch.bfloat16), self._a.device.index)
+        arguments = [self._from, self._to, self._chunks_of_x, *sizes]
+        return Launch(handle, (1, 1, 1), 256, 0, arguments, is_dependent=False)
 
 
 def _spread(matrix: torch.Tensor, dim: int) -> torch.Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from salr.cuda.beside import Beside
 from salr.cuda.device_layout import SlabWeight
 from salr.cuda.low_rank import fragments, matrices, matrices_of
+from salr.cuda.semi_structured import Beside
 from salr.cuda.stacking import Layer, Ranks, stack_ranks
 
 from tests.cuda.matrices import DEVICE
