@@ -218,6 +218,21 @@ def test_an_expanded_weight_may_be_multiplied_by_parts(rank, monkeypatch):
         assert error(product(x), whole.double()) < 1e-3
 
 
+@pytest.mark.emulated
+def test_rows_may_be_expanded_from_any_row_block_on():
+    from salr.cuda.device_layout import lay_out
+    from salr.cuda.expanded import Expansion
+    from salr.cuda.low_rank import fragments
+
+    slabs = lay_out(weight(1500, 712), torch.bfloat16)
+    expansion = Expansion(slabs, fragments(adapters(1500, 712, 24), torch.bfloat16))
+    whole = torch.full((1500, slabs.padded_columns), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    rest = torch.full_like(whole[256:], torch.nan)
+    expansion(whole, 0)
+    expansion(rest, 256)
+    assert torch.equal(rest, whole[256:])
+
+
 @pytest.mark.emulated(rank=[1, 80], encoding=["bf16", "nf4"])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("rank", [1, 64, 80, 256, 300])
