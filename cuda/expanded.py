@@ -2,6 +2,7 @@
 
 Invariant: a product needs one dense workspace, a part of the weight at a time. It holds W + scaling B A, rounded once
 to 16 bits, as a dense model does whose adapters were merged: nothing is left to be done beside cuBLAS's own product.
+Only adapters of more ranks than kernels take are multiplied apart.
 
 Launches and the workspace belong to one thread at a time. A buffer that a graph captured lives as long as the product.
 
@@ -58,16 +59,15 @@ class ExpandedProduct:
             self._captured.append(buffer)
         dense = buffer[: rows * n_columns].view(rows, n_columns)
         if rows == n_rows:
-            return self._multiply(x, self._expand(dense, 0), self._bias)
+            return self._multiply(x, self._expand(dense, 0))
         out = x.new_empty(x.shape[0], n_rows)
         for start in range(0, n_rows, rows):
             part = slice(start, min(start + rows, n_rows))
-            bias = None if self._bias is None else self._bias[part]
-            self._multiply(x, self._expand(dense[: part.stop - start], start), bias, out[:, part])
+            self._multiply(x, self._expand(dense[: part.stop - start], start), start, out[:, part])
         return out
 
     def decode(self) -> torch.Tensor:
-        """Return W + scaling B A (N, K padded)."""
+        """Return W + scaling B A (N, K padded), or W where adapters are multiplied apart."""
         weight = self.weight
         with ONE_AT_A_TIME:
             return self._expand(weight.slabs.new_empty(weight.n_rows, weight.padded_columns, dtype=weight.dtype), 0)
@@ -75,11 +75,13 @@ class ExpandedProduct:
     def multiply(self, x: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
         """Return the product (M, N) for x (M, K), with a weight that was decoded or by parts."""
         x = self.weight.padded(x)
-        return self(aligned(x)) if decoded is None else self._multiply(x, decoded, self._bias)
+        return self(aligned(x)) if decoded is None else self._multiply(x, decoded)
 
     def input_gradient(self, gradient: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x (M, K) for that of y (M, N)."""
         wide, n_columns = gradient @ decoded, self.weight.n_columns
+        if isinstance(self.adapters, Matrices):
+            wide.addmm_(gradient @ self.adapters.lora_B, self.adapters.scaled_A)
         return wide if wide.shape[1] == n_columns else wide[:, :n_columns]
 
     @functools.cached_property
@@ -88,17 +90,23 @@ class ExpandedProduct:
             return Expansion(self.weight, self.adapters if isinstance(self.adapters, Fragments) else None)
 
     def _expand(self, dense: torch.Tensor, start: int) -> torch.Tensor:
-        """Write rows of W + scaling B A from ``start``, a multiple of 256, to ``dense`` and return it."""
+        """Write rows of the expanded weight from ``start``, a multiple of 256, to ``dense`` and return it."""
         self._expansion(dense, start)
-        if isinstance(self.adapters, Matrices):
-            dense.addmm_(self.adapters.lora_B[start : start + len(dense)], self.adapters.scaled_A)
         return dense
 
     def _multiply(
-        self, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+        self, x: torch.Tensor, dense: torch.Tensor, start: int = 0, out: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Return columns of y for rows of the expanded weight that begin at ``start``."""
         weight = dense.T if x.shape[1] == dense.shape[1] else dense[:, : x.shape[1]].T
-        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+        part, bias = slice(start, start + len(dense)), self._bias
+        if bias is None:
+            y = torch.mm(x, weight, out=out)
+        else:
+            y = torch.addmm(bias if out is None else bias[part], x, weight, out=out)
+        if isinstance(self.adapters, Matrices):
+            y.addmm_(x @ self.adapters.scaled_A[:, : x.shape[1]].T, self.adapters.lora_B[part].T)
+        return y
 
 
 class _Arguments(ctypes.Structure):

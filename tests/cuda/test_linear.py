@@ -213,6 +213,9 @@ def test_an_expanded_weight_may_be_multiplied_by_parts(rank, monkeypatch):
     product = prepare(packed, low_rank, bias).product(x.device, x.dtype).expanded
     whole = product(x)
     assert error(whole, exact(x, packed, low_rank, bias)) < 5e-3
+    back = torch.randn(40, 1100, device=DEVICE).bfloat16()
+    dense = reference.dense(packed).double() + (low_rank.lora_B.double() * low_rank.scaling) @ low_rank.lora_A.double()
+    assert error(product.input_gradient(back, product.decode()), back.double() @ dense) < 5e-3
     for row_blocks in (1, 2):
         monkeypatch.setattr(expanded, "_PART_BYTES", row_blocks * 256 * 256 * 2)
         assert error(product(x), whole.double()) < 1e-3
@@ -235,7 +238,7 @@ def test_rows_may_be_expanded_from_any_row_block_on():
 
 @pytest.mark.emulated(rank=[1, 80], encoding=["bf16", "nf4"])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
-@pytest.mark.parametrize("rank", [1, 64, 80, 256, 300])
+@pytest.mark.parametrize("rank", [1, 64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_expanded_weight_is_rounded_once_with_its_adapters(encoding, rank, dtype):
     from salr.cuda.linear import prepare
@@ -246,7 +249,7 @@ def test_an_expanded_weight_is_rounded_once_with_its_adapters(encoding, rank, dt
     scaled, base = low_rank.scaling.double()[:, None] * low_rank.lora_A.double(), reference.dense(packed).double()
     expected, unit = base + low_rank.lora_B.double() @ scaled, torch.finfo(dtype).eps / 2
     bound = expected.abs() + low_rank.lora_B.double().abs() @ scaled.abs()  # scaling * lora_A is rounded too
-    if encoding == "nf4" or rank > 256:  # the code book is rounded; matrices are added to a weight that was
+    if encoding == "nf4":  # the code book is rounded
         bound += base.abs()
     assert ((dense[:, :1000].double() - expected).abs() <= 1.01 * unit * bound + 1e-7).all()
     assert not dense[:, 1000:].any()
