@@ -57,6 +57,15 @@ def test_the_decoding_kernel_compiles_for_each_encoding(encoding):
     check_all_compile(("decoded_linear.cu", each, "sm_90a") for each in chosen)
 
 
+@pytest.mark.parametrize("encoding", compilation.ENCODINGS)
+def test_an_expansion_compiles_with_lora_b_in_shared_memory_and_elsewhere(encoding):
+    from salr.cuda.device_layout import definitions
+
+    shapes = ({"BLOCKS_PER_SM": 1, "B_IN_SHARED": 1}, {"BLOCKS_PER_SM": 2, "B_IN_SHARED": 0})
+    chosen = [definitions(encoding, torch.float16, **shape) for shape in shapes]
+    check_all_compile(("expand.cu", each, target) for each in chosen for target in ("sm_86", "sm_90a"))
+
+
 def test_the_launch_before_compiles_for_few_and_many_rows():
     chosen = [
         (("ROW_WARPS", rows), ("K_WARPS", k), ("RANK_TILES", ranks)) for rows, k, ranks in ((1, 16, 2), (2, 8, 4))
