@@ -25,7 +25,7 @@ from .skinny import LEAST_CAPABILITY as LEAST_SKINNY
 from .skinny import NARROW, SkinnyProduct
 
 # Measured on an H100; they choose on every GPU.
-#: an expanded product: what is done once, and to expand one weight, in microseconds
+#: an expanded product: once (mostly what cuBLAS takes more than by its rates), and to expand one weight, microseconds
 _EXPANDED_US, _EXPANSION_US = 13.0, 1.3e-6
 #: cuBLAS: bytes and operations a microsecond
 _BYTES, _OPERATIONS = 3e6, 8e8
@@ -68,7 +68,7 @@ class ProductByRows:
     def __init__(self, weight: SlabWeight, adapters: Fragments | Matrices | None, bias: torch.Tensor | None) -> None:
         order = adapters if isinstance(adapters, Fragments) else None
         self.weight, self._order = weight, order
-        self._has_kernels = order is adapters
+        self._has_kernels = not isinstance(adapters, Matrices)
         self._float_bias = None if bias is None else bias.float().contiguous()
         self._fused = FusedProduct(weight, order, self._float_bias)
         self._skinny = SkinnyProduct(weight, order, self._float_bias)

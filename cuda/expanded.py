@@ -21,13 +21,13 @@ import torch
 from .compilation import function
 from .device_layout import BLOCK_ROWS, SlabWeight, definitions, fixed_shared_bytes
 from .launching import ONE_AT_A_TIME, Launch, address, aligned, fields, is_capturing, stream_of, uncaptured
-from .low_rank import Fragments, Matrices, addresses, second_operand
+from .low_rank import A_TILE_BYTES, B_TILE_BYTES, Fragments, Matrices, addresses, second_operand
 
 _PART_BYTES = 512 * 2**20
 #: slabs that each multiprocessor has, from which on one thread block expands them, measured on an H100
 _LONG_RUN = 16
-#: expand.cu: slabs in shared memory, the next ones on their way; of a tile of ranks
-_MOST_BUFFERS, _A_TILE_BYTES, _B_TILE_BYTES = 4, 2048, 8192
+#: expand.cu: slabs in shared memory, the next ones on their way
+_MOST_BUFFERS = 4
 
 
 class ExpandedProduct:
@@ -125,9 +125,9 @@ class Expansion:
         self._read = weight, adapters, a  # by the launch: kept as long as it is
         tiles = adapters.block_tiles if adapters else 0
         a_at = -(-weight.largest_slab_bytes // 128) * 128
-        buffer_bytes = a_at + tiles * _A_TILE_BYTES
+        buffer_bytes = a_at + tiles * A_TILE_BYTES
         properties: Any = torch.cuda.get_device_properties(device)
-        shape = _shape_for(weight, buffer_bytes, tiles * _B_TILE_BYTES, properties)
+        shape = _shape_for(weight, buffer_bytes, tiles * B_TILE_BYTES, properties)
         self._most_blocks = shape.blocks_per_sm * properties.multi_processor_count
         known = addresses(adapters) | {"lora_a": address(a)}
         self._arguments = _Arguments(
@@ -138,7 +138,7 @@ class Expansion:
         )  # fmt: skip
         chosen = {"BLOCKS_PER_SM": shape.blocks_per_sm, "B_IN_SHARED": int(shape.b_in_shared)}
         handle = function("expand.cu", "expand", definitions(weight.encoding, weight.dtype, **chosen), device)
-        shared_bytes = shape.buffers * buffer_bytes + shape.b_in_shared * tiles * _B_TILE_BYTES
+        shared_bytes = shape.buffers * buffer_bytes + shape.b_in_shared * tiles * B_TILE_BYTES
         self._launch = Launch(handle, (1, 1, 1), 512, shared_bytes, [self._arguments])
 
     def __call__(self, dense: torch.Tensor, first_row: int) -> None:

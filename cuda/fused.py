@@ -16,7 +16,7 @@ import torch
 from .compilation import Function, function
 from .device_layout import SlabWeight, definitions, fixed_shared_bytes
 from .launching import Launch, address, fields, stream_of, uncaptured
-from .low_rank import Fragments, addresses
+from .low_rank import A_TILE_BYTES, B_TILE_BYTES, Fragments, addresses
 from .schedule import Work, schedule, sharers
 from .sums import EMPTY, workspace
 
@@ -205,8 +205,8 @@ class FusedProduct:
 
     def _ring(self, tile: Tile, x_rows: int) -> _Ring:
         weight = self.weight
-        of_a = tile.SUB * self._rank_tiles * 2048
-        of_b = min(self._block_steps, 2 * tile.SUB) * 8192
+        of_a = tile.SUB * self._rank_tiles * A_TILE_BYTES
+        of_b = min(self._block_steps, 2 * tile.SUB) * B_TILE_BYTES
         weight_bytes = -(-max(tile.SUB * weight.largest_slab_bytes, of_a, of_b) // 128) * 128
         stage_bytes = -(-(weight_bytes + tile.x_bytes(x_rows)) // 128) * 128
         u_bytes = 512 * self._block_steps * tile.NT
@@ -219,12 +219,12 @@ class FusedProduct:
         weight, chunk = self.weight, 2 * tile.SUB
         return Work(
             n_a=weight.n_slabs // tile.SUB if self._rank_tiles else 0,
-            a_bytes=tile.SUB * self._rank_tiles * 2048 * _A_COST,
+            a_bytes=tile.SUB * self._rank_tiles * A_TILE_BYTES * _A_COST,
             n_row_blocks=weight.n_row_blocks,
             rounds_w=weight.n_slabs // tile.SUB,
             w_bytes=weight.slabs.numel() / weight.n_row_blocks / weight.n_slabs * tile.SUB,
             rounds_b=-(-self._block_steps // chunk),
-            b_bytes=min(self._block_steps, chunk) * 8192 * _B_COST,
+            b_bytes=min(self._block_steps, chunk) * B_TILE_BYTES * _B_COST,
         )
 
     def _plan(self, tile: Tile, x_rows: int) -> _Plan:

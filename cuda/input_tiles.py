@@ -14,10 +14,10 @@ import torch
 from .compilation import function
 from .device_layout import RESERVED_BYTES, SlabWeight
 from .launching import Launch, address, fields, uncaptured
-from .low_rank import RANKS_OF_TILE, Fragments, addresses
+from .low_rank import A_TILE_BYTES, RANKS_OF_TILE, Fragments, addresses
 
-#: tiles_of_x.cu: ROWS, A_TILE_BYTES, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
-_ROWS_OF_WARP, _TILE_BYTES, _SUM_BYTES = 16, 2048, 2 * 32 * 16
+#: tiles_of_x.cu: ROWS, SUMS * 16 bytes for a tile of ranks; K_WARPS * MOST_STAGES
+_ROWS_OF_WARP, _SUM_BYTES = 16, 2 * 32 * 16
 _ALL_STAGES = 32
 #: up to so many rows: PARTS, ROW_WARPS, K_WARPS, RANK_TILES, measured on an H100. Few rows are read side by side, and
 #: by two thread blocks for half of 64 ranks each, so that as many SMs read A; but only as many clusters as are
@@ -81,7 +81,7 @@ class TilesOfInput:
 
     def _made(self, parts: int, row_warps: int, k_warps: int, rank_tiles: int) -> tuple[_Arguments, Launch]:
         """Return a launch and its arguments."""
-        weight, warps, stage_bytes = self._weight, row_warps * k_warps, rank_tiles * _TILE_BYTES
+        weight, warps, stage_bytes = self._weight, row_warps * k_warps, rank_tiles * A_TILE_BYTES
         most = -(-weight.n_slabs // (parts * k_warps))
         chosen = (
             ("HALF", int(weight.dtype == torch.float16)), ("PARTS", parts), ("ROW_WARPS", row_warps),

@@ -15,6 +15,8 @@ from .device_layout import BLOCK_ROWS, SLAB_COLUMNS, UNITS, padded_columns
 from .launching import address
 
 RANKS_OF_TILE = 16
+#: of a tile's fragments: lora_A's for a slab's columns, lora_B's for a row block
+A_TILE_BYTES, B_TILE_BYTES = 2 * RANKS_OF_TILE * SLAB_COLUMNS, 2 * RANKS_OF_TILE * BLOCK_ROWS
 #: the rank that kernels take: 16 tiles
 LARGEST_RANK = 256
 

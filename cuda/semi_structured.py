@@ -15,7 +15,7 @@ import torch
 
 from .compilation import function
 from .device_layout import SlabWeight, definitions
-from .expanded import ExpandedProduct, Expansion
+from .expanded import ExpandedProduct
 from .launching import Launch, stream_of, uncaptured
 from .low_rank import Fragments, Matrices, matrices_of
 
@@ -72,11 +72,8 @@ class SemiStructuredProduct(ExpandedProduct):
     @functools.cached_property
     def _compressed(self) -> torch.Tensor:
         """[W | B, spread] as cuSPARSELt stores it."""
-        weight = self.weight
-        with uncaptured(weight.slabs.device):
-            dense = weight.slabs.new_empty(weight.n_rows, weight.padded_columns, dtype=weight.dtype)
-            Expansion(weight)(dense, 0)
-            own = self._matrices()
+        with uncaptured(self.weight.slabs.device):
+            dense, own = ExpandedProduct(self.weight, None, None).decode(), self._matrices()
             whole = dense if own is None else torch.cat([dense, _spread(own.lora_B, 1)], 1)
             return torch._cslt_compress(whole)
 

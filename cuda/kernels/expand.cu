@@ -71,7 +71,7 @@ struct Filling {
   }
 };
 
-// The row block's B, for whoever has the first of its slabs in a run.
+// The row block's B, before the first of its slabs in a run.
 DEVICE void fill_b(const Arguments& p, u32 to, int row_block, u32 bar) {
   if (!copies()) return;
   const u32 bytes = p.block_tiles * B_TILE_BYTES;
@@ -140,9 +140,9 @@ DEVICE void decode(const Arguments& p, u32 slab, u32 b, int row_block, u16* to, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) expand(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) u8 memory[];
-  __shared__ __align__(8) u64 full[MOST_BUFFERS], full_b[1];
+  __shared__ __align__(8) u64 full[MOST_BUFFERS], full_b;
   __shared__ u32 table[TABLE_WORDS];
-  const u32 ring = shared_address(memory), bars = shared_address(full), bar_b = shared_address(full_b);
+  const u32 ring = shared_address(memory), bars = shared_address(full), bar_b = shared_address(&full_b);
   const u32 b = ring + p.buffers * p.buffer_bytes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.buffers; i++) barrier_init(bars + 8 * i, HAS_BULK_COPIES ? 1 : THREADS);

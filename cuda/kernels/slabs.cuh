@@ -46,12 +46,7 @@ __device__ const float NF4[16] = {  // QLoRA's code book; code 7 is 0
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 #endif
 
-// Two weights times their row's scale, rounded; where weights have none, as they are.
-DEVICE u32 scaled(u32 pair, float scale) {
-  return HAS_SCALES ? pack2(widen(pair) * scale, widen(pair >> 16) * scale) : pair;
-}
-
-// A row's scale for fewer instructions than `scaled` has, where they are what takes the time: twice a 16-bit float, and twice
+// A row's scale for fewer instructions than float32 takes, where they are what takes the time: twice a 16-bit float, and twice
 // what that leaves of it (0 for float16, which scales are).
 struct Scale {
   u32 high, low;

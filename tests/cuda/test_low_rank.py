@@ -33,9 +33,8 @@ def test_adapters_come_back_from_fragments(rank):
     torch.manual_seed(0)
     adapters = ranks(700, 300, rank)
     back = matrices_of(fragments(adapters, torch.bfloat16), 700)
-    assert torch.equal(back.scaled_A[:rank, :300], scaled(adapters)) and torch.equal(
-        back.lora_B[:, :rank], adapters.lora_B
-    )
+    assert torch.equal(back.scaled_A[:rank, :300], scaled(adapters))
+    assert torch.equal(back.lora_B[:, :rank], adapters.lora_B)
     assert back.scaled_A.shape[1] == 384 and len(back.lora_B) == 700
     assert not back.scaled_A[rank:].any() and not back.scaled_A[:, 300:].any() and not back.lora_B[:, rank:].any()
 
